@@ -1,0 +1,563 @@
+"""The two loops: from a leader's log into a topic, and from a topic into a follower. They share nothing but the broker.
+
+Retry lives here and nowhere else. An attempt opens its parts, works until it is done or an error ends it, and closes
+them; a retriable error begins another attempt, which learns from the topic or the follower where things stand.
+"""
+
+import random
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Final, Literal, NamedTuple, TypeVar
+
+from cdc.batcher import Batcher
+from cdc.decide import Applied, Verdict, advance, decide
+from cdc.errors import CdcError, ConfigurationError, GapError
+from cdc.ports import Applier, Broker, Codec, ImageChunk, Shipper, Snapshot
+from cdc.position import Position, format_lsn
+from cdc.record import (
+    Batch,
+    Checkpoint,
+    ChunkPlan,
+    Fragment,
+    ImageHead,
+    Kind,
+    Relation,
+    Transaction,
+)
+
+HEARTBEAT_S: Final = 10.0
+HEARTBEAT_BYTES: Final = 16 << 20  # one WAL segment
+GROUP_BYTES: Final = 4 << 20  # of batches per follower commit
+CHUNK_PARTS_HELD: Final = 12  # of an image chunk in memory before it is written
+_BACKOFF_S_MAX: Final = 5.0
+
+T = TypeVar("T")
+
+
+class Progress(NamedTuple):
+    """Something to show. ``what``: image, stream, apply. ``of`` is 0 where the end is not known."""
+
+    what: Literal["image", "stream", "apply"]
+    subject: str
+    done: int = 0
+    of: int = 0
+    rows: int = 0
+    size_bytes: int = 0
+
+
+Report = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ShipOptions:
+    """``until_lsn``: stop once the topic holds everything up to there; "now" is where the leader's log ends at start.
+
+    ``image``: "auto" takes one where the topic holds none, "new" always, "never" never.
+    """
+
+    stream: str
+    until_lsn: int | Literal["now"] | None = None
+    image: Literal["auto", "new", "never"] = "auto"
+    linger_s: float = 0.005
+    workers: int = 4
+    heartbeat_s: float = HEARTBEAT_S
+    retry_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyOptions:
+    """``until``: "end" is what the topic holds at start, an int an LSN."""
+
+    stream: str
+    until: int | Literal["end"] | None = None
+    retry_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Tail:
+    """Where a topic ends: the position to continue from, or the image left unfinished."""
+
+    position: Position | None
+    begin: Batch | None = None
+    sequence: int = 0
+    done: frozenset[tuple[int, int]] = frozenset()
+
+
+def ship(
+    open_shipper: Callable[[], Shipper],
+    open_broker: Callable[[], Broker],
+    codec: Codec,
+    options: ShipOptions,
+    *,
+    stop: threading.Event,
+    report: Report,
+) -> None:
+    """Ship until told to stop, or until ``options.until_lsn``.
+
+    :raises CdcError: as the shipper and the broker do, once ``options.retry_s`` seconds of retries brought no progress.
+    """
+    target: list[Position] = []
+
+    def attempt(progressed: Callable[[], None]) -> None:
+        with closing(open_shipper()) as shipper, closing(open_broker()) as broker:
+            if not target and options.until_lsn == "now":
+                target.append(shipper.end())
+            elif not target and isinstance(options.until_lsn, int):
+                target.append(shipper.end().at(options.until_lsn))
+            _Ship(shipper, broker, codec, options, stop, report, progressed).run(target[0] if target else None)
+
+    _retrying(attempt, options.retry_s, stop)
+
+
+def follow(
+    open_broker: Callable[[], Broker],
+    open_applier: Callable[[], Applier],
+    codec: Codec,
+    options: ApplyOptions,
+    *,
+    stop: threading.Event,
+    report: Report,
+) -> None:
+    """Apply until told to stop, or until ``options.until``.
+
+    :raises CdcError: as the broker, the codec and the applier do; the follower is then at its last checkpoint.
+    """
+    end: list[int] = []
+
+    def attempt(progressed: Callable[[], None]) -> None:
+        with closing(open_broker()) as broker, closing(open_applier()) as applier:
+            if options.until == "end" and not end:
+                end.append(broker.bounds(options.stream)[1])
+            _Follow(broker, applier, codec, options, stop, report, progressed).run(end[0] if end else None)
+
+    _retrying(attempt, options.retry_s, stop)
+
+
+def _retrying(attempt: Callable[[Callable[[], None]], None], budget_s: float, stop: threading.Event) -> None:
+    """Attempt until one ends well. Progress refills the budget of time in which none is made."""
+    deadline = time.monotonic() + budget_s
+    tries = 0
+
+    def progressed() -> None:
+        nonlocal deadline, tries
+        deadline = time.monotonic() + budget_s
+        tries = 0
+
+    while True:
+        try:
+            attempt(progressed)
+        except CdcError as error:
+            if not error.retriable or time.monotonic() >= deadline or stop.is_set():
+                raise
+        else:
+            return
+        tries += 1
+        stop.wait(min(_BACKOFF_S_MAX, 0.1 * 2 ** min(tries, 10)) * (0.5 + random.random() / 2))  # noqa: S311
+
+
+def tail(broker: Broker, codec: Codec, topic: str) -> _Tail:
+    """Read from a topic's end where shipping goes on."""
+    first, following = broker.bounds(topic)
+    if first == following:
+        return _Tail(None)
+    last = decoded(broker, codec, topic, following - 1)
+    if last.kind in {Kind.LOG, Kind.HEARTBEAT, Kind.IMAGE_END}:
+        whole = last.fragment is None or last.fragment.last
+        return _Tail(last.position if whole else last.previous)
+    return _unfinished_image(broker, codec, topic)
+
+
+def _unfinished_image(broker: Broker, codec: Codec, topic: str) -> _Tail:
+    begin: Batch | None = None
+    done: set[tuple[int, int]] = set()
+    sequence = 0
+    for batch in _batches(broker, codec, topic):
+        head = batch.image
+        if batch.kind is Kind.IMAGE_BEGIN:
+            begin, done, sequence = batch, set(), 0
+        elif batch.kind is Kind.IMAGE_CHUNK and head is not None and (batch.fragment is None or batch.fragment.last):
+            done.add((head.relation_id, head.chunk))
+            sequence = head.sequence + 1
+    return _Tail(None, begin, sequence, frozenset(done))
+
+
+def _batches(broker: Broker, codec: Codec, topic: str) -> Iterator[Batch]:
+    offset, end = broker.bounds(topic)
+    while offset < end:
+        for message in broker.read(topic, offset, limit_bytes=GROUP_BYTES, wait_s=0):
+            yield _decode(codec, topic, message.offset, message.body)
+            offset = message.offset + 1
+
+
+def decoded(broker: Broker, codec: Codec, topic: str, offset: int) -> Batch:
+    """One batch of a topic.
+
+    :raises GapError: it is not there.
+    """
+    messages = broker.read(topic, offset, limit_bytes=1, wait_s=0)
+    if not messages:
+        raise GapError(f"topic {topic!r} has no message at offset {offset}")
+    return _decode(codec, topic, offset, messages[0].body)
+
+
+def _decode(codec: Codec, topic: str, offset: int, body: bytes) -> Batch:
+    try:
+        return codec.decode(body)
+    except CdcError as error:
+        raise _located(error, topic, offset) from error
+
+
+def _located(error: CdcError, topic: str, offset: int, position: Position | None = None) -> CdcError:
+    where = f"topic {topic!r}, offset {offset}" + (f", position {position}" if position is not None else "")
+    return type(error)(f"{error} ({where})", remedy=error.remedy)
+
+
+class _Ship:
+    """One attempt at shipping."""
+
+    def __init__(
+        self,
+        shipper: Shipper,
+        broker: Broker,
+        codec: Codec,
+        options: ShipOptions,
+        stop: threading.Event,
+        report: Report,
+        progressed: Callable[[], None],
+    ) -> None:
+        self._shipper = shipper
+        self._broker = broker
+        self._codec = codec
+        self._options = options
+        self._stop = stop
+        self._report = report
+        self._progressed = progressed
+        self._imaged = False
+
+    def run(self, target: Position | None) -> None:
+        position = self._begin()
+        if position is not None and not self._stop.is_set():
+            self._stream(position, target)
+
+    def _begin(self) -> Position | None:
+        """The position to stream from, after an image where one is wanted; None where we were told to stop."""
+        options = self._options
+        end = tail(self._broker, self._codec, options.stream)
+        if options.image != "new" and end.position is not None:
+            return end.position
+        if options.image == "never":
+            raise ConfigurationError(
+                f"topic {options.stream!r} has no complete image to continue from",
+                remedy="ship without `--image never`",
+            )
+        with self._shipper.snapshot() as snapshot:
+            return _Image(self, snapshot).copy(end)
+
+    def _stream(self, position: Position, target: Position | None) -> None:
+        options = self._options
+        batcher = Batcher(options.stream, self._shipper.format, position)
+        written = time.monotonic()
+        oldest: float | None = None
+        if position == (target or position) and target is not None:
+            return
+        for item in self._shipper.stream(position, wait_s=options.linger_s):
+            now = time.monotonic()
+            if isinstance(item, Transaction):
+                if target is not None and item.position > target:
+                    self.write(batcher.flush())
+                    self._settle(batcher, target)
+                    return
+                self.write(batcher.add(item))
+                oldest = oldest if batcher and oldest is not None else now
+                if now - oldest < options.linger_s:
+                    continue
+            self.write(batcher.flush())
+            oldest = None
+            reached = target is not None and item.position >= target
+            ahead = item.position.lsn - batcher.position.lsn
+            due = now - written >= options.heartbeat_s or ahead >= HEARTBEAT_BYTES
+            if ahead > 0 and (reached or due):
+                self._settle(batcher, item.position)
+                written = now
+            if reached or self._stop.is_set():
+                return
+
+    def _settle(self, batcher: Batcher, position: Position) -> None:
+        """Tell the topic, then the leader, that nothing lies between the last batch and ``position``."""
+        if position > batcher.position:
+            self.write([batcher.heartbeat(position)])
+
+    def write(self, batches: Iterable[Batch]) -> None:
+        """Make batches durable, then let the leader forget what they hold."""
+        for batch in batches:
+            self._broker.append(self._options.stream, [self._codec.encode(batch)])
+            if batch.fragment is None or batch.fragment.last:
+                self._shipper.confirm(batch.position)
+            self._progressed()
+            self._report(
+                Progress("stream", str(batch.position), len(batch.transactions), 0, len(batch.lengths), len(batch.body))
+            )
+
+    def write_image(self, batches: Iterable[Batch]) -> None:
+        """Make parts of an image durable, together."""
+        bodies = [self._codec.encode(batch) for batch in batches]
+        if bodies:
+            self._broker.append(self._options.stream, bodies)
+            self._progressed()
+
+    @property
+    def options(self) -> ShipOptions:
+        return self._options
+
+    @property
+    def stopped(self) -> bool:
+        return self._stop.is_set()
+
+    def report(self, progress: Progress) -> None:
+        self._report(progress)
+
+    def batch(self, kind: Kind, position: Position) -> Batch:
+        """An empty batch of this stream, standing at ``position``."""
+        return Batch(self._options.stream, self._shipper.format, kind, position, position)
+
+
+class _Image:
+    """Copies a snapshot into the topic, chunk by chunk, several at a time; goes on where an earlier try was killed.
+
+    Chunks may be read in any order but each stands whole in the topic. Those read in a later snapshot than the image's
+    first carry that snapshot's position, by which the follower knows which changes they already contain.
+    """
+
+    def __init__(self, ship_: _Ship, snapshot: Snapshot) -> None:
+        self._ship = ship_
+        self._snapshot = snapshot
+        self._lock = threading.Lock()
+        self._sequence = 0
+
+    def copy(self, end: _Tail) -> Position | None:
+        relations = self._snapshot.relations()
+        begin = end.begin if self._can_resume(end, relations) else None
+        done = end.done if begin is not None else frozenset()
+        self._sequence = end.sequence if begin is not None else 0
+        begin = begin or self._begin(relations)
+        todo = [
+            (relation, plan, chunk)
+            for relation, plan in zip(begin.relations, begin.plan, strict=True)
+            for chunk in range(len(plan.bounds) + 1)
+            if (relation.id, chunk) not in done
+        ]
+        total = len(todo) + len(done)
+        if not self._copy_all(begin, todo, total):
+            return None
+        head = ImageHead(_id(begin), self._sequence, begin.position.lsn)
+        self._ship.write_image([_with(self._ship.batch(Kind.IMAGE_END, begin.position), head)])
+        return begin.position
+
+    def _can_resume(self, end: _Tail, relations: Iterable[Relation]) -> bool:
+        """Only where no table has changed its shape since: rows of one table must be alike."""
+        if end.begin is None or self._ship.options.image == "new":
+            return False
+        now = {relation.id: relation for relation in relations}
+        same_leader = end.begin.position.source == self._snapshot.position.source
+        return same_leader and all(now.get(relation.id) == relation for relation in end.begin.relations)
+
+    def _begin(self, relations: Iterable[Relation]) -> Batch:
+        relations = tuple(relations)
+        plans = tuple(self._snapshot.plan(relation) for relation in relations)
+        position = self._snapshot.position
+        head = ImageHead(uuid.uuid4().hex, 0, position.lsn)
+        batch = _with(self._ship.batch(Kind.IMAGE_BEGIN, position), head, relations=relations, plan=plans)
+        self._ship.write_image([batch])
+        return batch
+
+    def _copy_all(self, begin: Batch, todo: list[tuple[Relation, ChunkPlan, int]], total: int) -> bool:
+        with ThreadPoolExecutor(self._ship.options.workers, "cdc-image") as pool:
+            waiting = [pool.submit(self._copy_chunk, begin, *chunk) for chunk in todo]
+            try:
+                for done, future in enumerate(as_completed(waiting), total - len(todo) + 1):
+                    progress = future.result()
+                    if progress is None:
+                        return False
+                    self._ship.report(progress._replace(done=done, of=total))
+            finally:
+                for future in waiting:
+                    future.cancel()
+        return True
+
+    def _copy_chunk(self, begin: Batch, relation: Relation, plan: ChunkPlan, chunk: int) -> Progress | None:
+        if self._ship.stopped:
+            return None
+        parts = self._snapshot.read(relation, plan, chunk)
+        # Read ahead without the lock; what is larger than this is written while it is read, and others wait.
+        held = list(islice(parts, CHUNK_PARTS_HELD))
+        rows = size = 0
+        with self._lock:
+            batches: list[Batch] = []
+            for index, (part, last) in enumerate(_marking_last(chain(held, parts))):
+                head = ImageHead(
+                    _id(begin),
+                    self._sequence,
+                    self._snapshot.position.lsn,
+                    chunk,
+                    relation.id,
+                    part.rows,
+                    "binary" if part.form == "binary" else "text",
+                )
+                empty = self._ship.batch(Kind.IMAGE_CHUNK, begin.position)
+                batches.append(_with(empty, head, (relation,), part.body, Fragment(index, last)))
+                rows += part.rows
+                size += len(part.body)
+                if len(batches) == CHUNK_PARTS_HELD or last:
+                    self._ship.write_image(batches)
+                    batches.clear()
+            self._sequence += 1
+        return Progress("image", relation.label, rows=rows, size_bytes=size)
+
+
+def _with(
+    batch: Batch,
+    head: ImageHead,
+    relations: tuple[Relation, ...] = (),
+    body: bytes = b"",
+    fragment: Fragment | None = None,
+    plan: tuple[ChunkPlan, ...] = (),
+) -> Batch:
+    return Batch(
+        batch.stream,
+        batch.format,
+        batch.kind,
+        batch.previous,
+        batch.position,
+        relations,
+        body=body,
+        fragment=fragment,
+        image=head,
+        plan=plan,
+    )
+
+
+def _id(begin: Batch) -> str:
+    assert begin.image is not None  # noqa: S101
+    return begin.image.id
+
+
+def _marking_last(items: Iterable[ImageChunk]) -> Iterator[tuple[ImageChunk, bool]]:
+    iterator = iter(items)
+    held = next(iterator)
+    for item in iterator:
+        yield held, False
+        held = item
+    yield held, True
+
+
+class _Follow:
+    """One attempt at following. One read of the broker is one commit of the follower, unless a fragment is open."""
+
+    def __init__(
+        self,
+        broker: Broker,
+        applier: Applier,
+        codec: Codec,
+        options: ApplyOptions,
+        stop: threading.Event,
+        report: Report,
+        progressed: Callable[[], None],
+    ) -> None:
+        self._broker = broker
+        self._applier = applier
+        self._codec = codec
+        self._options = options
+        self._stop = stop
+        self._report = report
+        self._progressed = progressed
+        self._applied = Applied()
+        self._committed = Applied()
+        self._epoch = 0
+        self._uncommitted = False
+
+    def run(self, end: int | None) -> None:
+        offset = self._claim()
+        while not self._reached(offset, end):
+            messages = self._broker.read(
+                self._options.stream, offset, limit_bytes=GROUP_BYTES, wait_s=0 if self._stop.is_set() else 0.5
+            )
+            for message in messages:
+                batch = _decode(self._codec, self._options.stream, message.offset, message.body)
+                if batch.fragment == (0, False):
+                    # What may have to be rolled back alone must stand alone.
+                    self._commit(message.offset)
+                self._take(batch, message.offset)
+                offset = message.offset + 1
+                if batch.kind in {Kind.IMAGE_BEGIN, Kind.IMAGE_END} or self._at_target():
+                    break
+            self._commit(offset)
+            if self._stop.is_set():
+                break
+        self._applier.rollback()
+
+    def _claim(self) -> int:
+        """Own the stream on this follower, and return the offset to read from."""
+        self._epoch, checkpoint = self._applier.claim(self._options.stream)
+        if checkpoint is None:
+            return self._broker.bounds(self._options.stream)[0]
+        self._applied = Applied(checkpoint.position, checkpoint.image)
+        return checkpoint.offset
+
+    def _reached(self, offset: int, end: int | None) -> bool:
+        return (end is not None and offset >= end) or (self._applied.fragment == 0 and self._at_target())
+
+    def _at_target(self) -> bool:
+        until, at = self._until, self._applied.position
+        return until is not None and at is not None and not self._applied.loading and at >= until
+
+    @property
+    def _until(self) -> Position | None:
+        until, at = self._options.until, self._applied.position
+        return at.at(until) if isinstance(until, int) and at is not None else None
+
+    def _take(self, batch: Batch, offset: int) -> None:
+        try:
+            verdict = decide(batch, self._applied)
+            if verdict is Verdict.SKIP:
+                return
+            if verdict is Verdict.RESTART:
+                self._restart()
+            until = self._until
+            self._applier.apply(batch, after=self._applied.position, until=until)
+        except CdcError as error:
+            raise _located(error, self._options.stream, offset, batch.position) from error
+        self._applied = advance(batch, self._applied, until)
+        self._uncommitted = True
+        self._report(
+            Progress(
+                "apply",
+                str(batch.position),
+                len(batch.transactions),
+                0,
+                len(batch.lengths) or (batch.image.rows if batch.image is not None else 0),
+                len(batch.body),
+            )
+        )
+
+    def _restart(self) -> None:
+        """The shipper began the open transaction anew: so do we."""
+        self._applier.rollback()
+        self._applied = self._committed
+
+    def _commit(self, offset: int) -> None:
+        """Commit what was applied, unless a fragment is open: then nothing of it may be seen yet."""
+        position = self._applied.position
+        if not self._uncommitted or self._applied.fragment or position is None:
+            return
+        # A batch that `until` cut in two is read again next time.
+        whole = self._until is None or position != self._until
+        self._applier.commit(Checkpoint(position, offset if whole else offset - 1, self._epoch, self._applied.image))
+        self._committed = self._applied
+        self._uncommitted = False
+        self._progressed()

@@ -1,0 +1,55 @@
+"""What changed between two descriptions of one table. Pure.
+
+PostgreSQL's log tells names, types and order of columns, not what was done to them. Attribute numbers, where known on
+both sides, tell exactly: a number never comes back. Without them only the cases that have one reading are read.
+"""
+
+from cdc.errors import SchemaError
+from cdc.ports import AddColumn, ChangeType, DropColumn, RenameColumn, RenameTable, SchemaChange
+from cdc.record import Column, Relation
+
+
+def changes(old: Relation, new: Relation) -> list[SchemaChange]:
+    """The changes that turn ``old`` into ``new``, in an order in which they can be made.
+
+    Of columns only name and type count: identity, NOT NULL and numbers may differ without anything to do.
+
+    :raises SchemaError: a column may have been renamed, or dropped and another added: the log does not tell.
+    """
+    found: list[SchemaChange] = []
+    if (old.schema, old.name) != (new.schema, new.name):
+        found.append(RenameTable(old))
+    pairs = _paired(old, new)
+    kept = {before.name for before, _ in pairs}
+    arrived = {after.name for _, after in pairs}
+    found += [DropColumn(column.name) for column in old.columns if column.name not in kept]
+    found += [RenameColumn(before.name, after.name) for before, after in pairs if before.name != after.name]
+    found += [
+        ChangeType(before, after)
+        for before, after in pairs
+        if (before.type_oid, before.modifier) != (after.type_oid, after.modifier)
+    ]
+    found += [AddColumn(column) for column in new.columns if column.name not in arrived]
+    return found
+
+
+def _paired(old: Relation, new: Relation) -> list[tuple[Column, Column]]:
+    """The columns that are on both sides, under whatever name."""
+    if _numbered(old) and _numbered(new):
+        after = {column.number: column for column in new.columns}
+        return [(column, after[column.number]) for column in old.columns if column.number in after]
+    after_by_name = {column.name: column for column in new.columns}
+    pairs = [(column, after_by_name[column.name]) for column in old.columns if column.name in after_by_name]
+    gone = [column.name for column in old.columns if column.name not in after_by_name]
+    came = [column.name for column in new.columns if column.name not in {column.name for column in old.columns}]
+    if gone and came:
+        raise SchemaError(
+            f"columns {gone} of {new.label} are gone and {came} came: renamed, or dropped and added? the log does not tell",
+            remedy=f"make the follower's table {new.label} equal to the leader's by hand, then start again "
+            "with `--schema-changed`",
+        )
+    return pairs
+
+
+def _numbered(relation: Relation) -> bool:
+    return all(column.number is not None for column in relation.columns)
