@@ -1,0 +1,221 @@
+"""A consistent image of the leader, tied to the exact log position the stream continues from.
+
+A temporary slot is created for its exported snapshot: the snapshot sees exactly the transactions that committed before
+the slot's consistent point, and the stream tells exactly those that commit after it.
+https://www.postgresql.org/docs/current/logicaldecoding-explanation.html#LOGICALDECODING-EXPLANATION-EXPORTED-SNAPSHOTS
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Final
+
+from psycopg import pq
+from psycopg.errors import error_from_result
+
+from cdc.ports import ImageChunk
+from cdc.position import Position, parse_lsn
+from cdc.record import ChunkPlan, Relation
+from cdc.sql.quote import identifier, literal, qualified
+from cdc.stores.postgresql.connect import Connection, connect, translate, translated
+from cdc.stores.postgresql.describe import describe, filters
+
+CHUNK_BYTES: Final = 8 << 20  # of table per chunk: what a killed shipper or applier does again
+PART_BYTES: Final = 900 << 10  # of rows per message
+_UNKNOWN_ROW_BYTES: Final = 100  # where the table was never analyzed
+_HEADER: Final = b"PGCOPY\n\xff\r\n\0" + bytes(8)
+_TRAILER: Final = b"\xff\xff"
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """How a relation's rows are selected: what the publication shows of it, in a form its types have."""
+
+    table: str
+    where: str
+    form: str
+    size_bytes: int
+    rows: float
+
+
+class PostgresSnapshot:
+    """Reads through as many connections as there are threads asking, all in the same snapshot."""
+
+    def __init__(self, url: str, name: str, position: Position, publication: str, *, text: bool) -> None:
+        self._url = url
+        self._name = name
+        self._position = position
+        self._publication = publication
+        self._text = text
+        self._idle: SimpleQueue[Connection] = SimpleQueue()
+        self._sources: dict[int, _Source] = {}
+
+    @property
+    def position(self) -> Position:
+        return self._position
+
+    def relations(self) -> Sequence[Relation]:
+        with self._connection() as connection:
+            relations = describe(connection, publication=self._publication)
+            self._sources = _sources(connection, self._publication, relations, text=self._text)
+        return relations
+
+    def plan(self, relation: Relation) -> ChunkPlan:
+        source = self._sources[relation.id]
+        if source.size_bytes <= 2 * CHUNK_BYTES or not relation.primary_key:
+            return ChunkPlan(relation.id, ())
+        width = source.size_bytes / source.rows if source.rows > 0 else _UNKNOWN_ROW_BYTES
+        step = max(1, int(CHUNK_BYTES / max(1.0, width)))
+        with self._connection() as connection:
+            return ChunkPlan(relation.id, tuple(_bounds(connection, relation, source, step)))
+
+    def read(self, relation: Relation, plan: ChunkPlan, chunk: int) -> Iterator[ImageChunk]:
+        source = self._sources[relation.id]
+        columns = ", ".join(identifier(column.name) for column in relation.columns)
+        where = " AND ".join(filter(None, [source.where, *_range(relation, plan, chunk)]))
+        query = f"SELECT {columns} FROM {source.table}" + (f" WHERE {where}" if where else "")
+        with self._connection() as connection:
+            yield from _copy_out(connection, query, source.form)
+
+    @contextmanager
+    def _connection(self) -> Iterator[Connection]:
+        try:
+            connection = self._idle.get_nowait()
+        except Empty:
+            connection = self._join()
+        # Not put back after an error: its transaction is over, so it no longer reads the snapshot.
+        try:
+            yield connection
+        except BaseException:
+            connection.close()
+            raise
+        self._idle.put(connection)
+
+    def _join(self) -> Connection:
+        connection = connect(self._url, application_name="cdc ship image")
+        with translated():
+            connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+            connection.execute(f"SET TRANSACTION SNAPSHOT {literal(self._name)}")
+        return connection
+
+    def close(self) -> None:
+        while not self._idle.empty():
+            self._idle.get().close()
+
+
+@contextmanager
+def snapshot(
+    url: str, slot: str, publication: str, source: str, timeline: int, *, text: bool
+) -> Iterator[PostgresSnapshot]:
+    """Open a snapshot; its temporary slot and its connections live as long as the context.
+
+    Waits until every transaction that is open on the leader now has ended, as creating a slot does.
+    """
+    temporary = f"{slot[:40]}_image_{os.getpid()}"
+    with connect(url, replication=True, application_name="cdc ship image") as keeper:
+        command = f"CREATE_REPLICATION_SLOT {identifier(temporary)} TEMPORARY LOGICAL pgoutput (SNAPSHOT 'export')"
+        result = keeper.pgconn.exec_(command.encode())
+        if result.status != pq.ExecStatus.TUPLES_OK:
+            raise translate(error_from_result(result))
+        point = (result.get_value(0, 1) or b"").decode()
+        name = (result.get_value(0, 2) or b"").decode()
+        image = PostgresSnapshot(url, name, Position(source, timeline, parse_lsn(point)), publication, text=text)
+        try:
+            yield image
+        finally:
+            image.close()
+
+
+def _sources(
+    connection: Connection, publication: str, relations: Sequence[Relation], *, text: bool
+) -> dict[int, _Source]:
+    where = filters(connection, publication=publication)
+    with translated():
+        rows = connection.execute(
+            """
+            SELECT c.oid, c.relkind, pg_table_size(c.oid), c.reltuples,
+                   EXISTS (SELECT FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+                           WHERE a.attrelid = c.oid AND a.attnum > 0 AND t.typsend = 0)
+            FROM pg_class c WHERE c.oid = ANY (%s)
+            """,
+            ([relation.id for relation in relations],),
+        ).fetchall()
+    names = {relation.id: qualified(relation.schema, relation.name) for relation in relations}
+    return {
+        oid: _Source(
+            # A parent's other children are published as themselves; a partitioned table holds nothing but its leaves.
+            names[oid] if kind == "p" else f"ONLY {names[oid]}",
+            where.get(oid, ""),
+            "text" if text or unsendable else "binary",
+            size,
+            tuples,
+        )
+        for oid, kind, size, tuples, unsendable in rows
+    }
+
+
+def _bounds(connection: Connection, relation: Relation, source: _Source, step: int) -> Iterator[tuple[str, ...]]:
+    """Every ``step``-th key, walking the primary key's index."""
+    keys = [identifier(name) for name in relation.primary_key]
+    texts = ", ".join(f"{key}::text" for key in keys)
+    order = ", ".join(keys)
+    after = ""
+    while True:
+        query = f"SELECT {texts} FROM {source.table} {after} ORDER BY {order} OFFSET {step} LIMIT 1"
+        with translated():
+            row = connection.execute(query).fetchone()  # type: ignore[arg-type]
+        if row is None:
+            return
+        yield row
+        after = "WHERE " + _beyond(relation, row)
+
+
+def _range(relation: Relation, plan: ChunkPlan, chunk: int) -> Iterator[str]:
+    """The conditions that select chunk ``chunk``: beyond the bound before it, up to its own."""
+    if chunk > 0:
+        yield _beyond(relation, plan.bounds[chunk - 1])
+    if chunk < len(plan.bounds):
+        yield f"NOT ({_beyond(relation, plan.bounds[chunk])})"
+
+
+def _beyond(relation: Relation, key: Sequence[str]) -> str:
+    names = ", ".join(identifier(name) for name in relation.primary_key)
+    return f"({names}) > ({', '.join(literal(text) for text in key)})"
+
+
+def _copy_out(connection: Connection, query: str, form: str) -> Iterator[ImageChunk]:
+    """Rows in parts of about PART_BYTES, each a complete COPY body."""
+    wire = connection.pgconn
+    result = wire.exec_(f"COPY ({query}) TO STDOUT (FORMAT {form})".encode())
+    if result.status != pq.ExecStatus.COPY_OUT:
+        raise translate(error_from_result(result))
+    head, tail = (_HEADER, _TRAILER) if form == "binary" else (b"", b"")
+    rows: list[bytes] = []
+    size = 0
+    first = True
+    while True:
+        with translated():
+            length, data = wire.get_copy_data(0)
+        if length < 0:
+            break
+        row = bytes(data)
+        if first and form == "binary":
+            # The file header stands before the first row in the same message.
+            row, first = row[len(_HEADER) :], False
+            length = len(row)
+        if row in {b"", _TRAILER} and form == "binary":
+            continue
+        rows.append(row)
+        size += length
+        if size >= PART_BYTES:
+            yield ImageChunk(head + b"".join(rows) + tail, len(rows), form)
+            rows.clear()
+            size = 0
+    result_after = wire.get_result()
+    if result_after is not None and result_after.status != pq.ExecStatus.COMMAND_OK:
+        raise translate(error_from_result(result_after))
+    while wire.get_result() is not None:
+        pass
+    yield ImageChunk(head + b"".join(rows) + tail, len(rows), form)
