@@ -87,16 +87,16 @@ class TableChanges:
         key = self.identity.of(after if before is None else before)
         if full and before is not None:
             after = filled(after, before)
-        if before is not None and (new_key := self.identity.of(after)) != key:
-            self._move(key, new_key, after)
+        if before is not None and self.identity.of(after) != key:
+            self._move(key, after)
             return
         entry = self._entries.get(key)
         if entry is None:
             self._entries[key] = _Entry(updated=after)
         elif entry.inserted is not None:
-            entry.inserted = filled(entry.inserted, after)
+            entry.inserted = filled(after, entry.inserted)
         elif entry.updated is not None:
-            entry.updated = filled(entry.updated, after)
+            entry.updated = filled(after, entry.updated)
         elif not self.tolerant:
             raise NotASetError
 
@@ -178,11 +178,11 @@ class TableChanges:
         else:
             self._entries[key] = _Entry(deleted=True)
 
-    def _move(self, key: Key, new_key: Key, after: Row) -> None:
+    def _move(self, key: Key, after: Row) -> None:
         """An update that changes the key: a delete and an insert, where all of the row is known."""
         entry = self._entries.get(key)
         known = (entry.inserted or entry.updated) if entry is not None else None
-        row = filled(known, after) if known is not None else after
+        row = filled(after, known) if known is not None else after
         if UNCHANGED in row:
             raise NotASetError
         self._delete(key)

@@ -210,8 +210,8 @@ class _Log:
             raise DecodeError(f"a change names relation {relation_id}, which its batch does not describe") from None
 
 
-def _messages(body: bytes, at: int, lengths: "memoryview | list[int] | object") -> Iterator[bytes]:
-    for length in lengths:  # type: ignore[attr-defined]
+def _messages(body: bytes, at: int, lengths: Iterable[int]) -> Iterator[bytes]:
+    for length in lengths:
         yield body[at : (at := at + length)]
 
 
@@ -354,11 +354,13 @@ class _Steps(_Tables):
             changed = _write_rows(self._follower, change.op, rows, replace=tolerant)
         except CdcError as error:
             if isinstance(error, ConflictError):
-                raise type(error)(f"{_told(change, relation, match, rows)} at {format_lsn(head.lsn)}: {error}") from error
+                raise type(error)(
+                    f"{_told(change, relation, match, rows, head)}: {error}", remedy=error.remedy
+                ) from error
             raise
         if changed != 1 and not tolerant:
             raise ConflictError(
-                f"{_told(change, relation, match, rows)} at {format_lsn(head.lsn)} finds {changed} rows on the follower",
+                f"{_told(change, relation, match, rows, head)} finds {changed} rows on the follower",
                 remedy="the follower was written by somebody else: compare with `cdc verify`, and put the row back",
             )
 
@@ -389,15 +391,15 @@ def _present(row: Row) -> tuple[bytes, ...]:
     return tuple([value for value in row if not isinstance(value, Absent)])
 
 
-def _told(change: pgoutput.Change, relation: Relation, match: tuple[bytes, ...], rows: RowSet) -> str:
-    """The change in words: ``update of public.t (id)=(5)``."""
+def _told(
+    change: pgoutput.Change, relation: Relation, match: tuple[bytes, ...], rows: RowSet, head: TransactionHead
+) -> str:
+    """The change in words: ``update of public.t (id)=(5) at 0/16B3748``."""
     word = {"I": "insert into", "U": "update of", "D": "delete from"}[change.op]
     columns = rows.match if change.op != "I" else rows.columns
     names = ", ".join(relation.columns[index].name for index in columns)
-    values = ", ".join(
-        _shown(relation, index, rows.forms, value) for index, value in zip(columns, match, strict=False)
-    )
-    return f"{word} {relation.label} ({names})=({values})"
+    values = ", ".join(_shown(relation, index, rows.forms, value) for index, value in zip(columns, match, strict=False))
+    return f"{word} {relation.label} ({names})=({values}) at {format_lsn(head.lsn)}"
 
 
 def _shown(relation: Relation, index: int, forms: bytes, value: bytes) -> str:

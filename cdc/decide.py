@@ -54,7 +54,7 @@ def decide(batch: Batch, applied: Applied) -> Verdict:
 def advance(batch: Batch, applied: Applied, until: Position | None) -> Applied:
     """What is applied once ``batch`` is."""
     if batch.fragment is not None and not batch.fragment.last:
-        return replace(applied, fragment=batch.fragment.index + 1)
+        return replace(applied, fragment=batch.fragment.number + 1)
     if batch.kind is Kind.IMAGE_BEGIN:
         return Applied(batch.position, ImageProgress(_image(batch).id, 0, {}))
     if batch.kind is Kind.IMAGE_CHUNK:
@@ -87,7 +87,7 @@ def _decide_log(batch: Batch, applied: Applied) -> Verdict:
 
 
 def _decide_fragment(batch: Batch, applied: Applied) -> Verdict:
-    index = batch.fragment.index if batch.fragment is not None else 0
+    index = batch.fragment.number if batch.fragment is not None else 0
     if index == applied.fragment:
         return Verdict.APPLY
     if index == 0:

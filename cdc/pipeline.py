@@ -9,9 +9,9 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Final, Literal, NamedTuple, TypeVar
 
@@ -19,7 +19,7 @@ from cdc.batcher import Batcher
 from cdc.decide import Applied, Verdict, advance, decide
 from cdc.errors import CdcError, ConfigurationError, GapError
 from cdc.ports import Applier, Broker, Codec, ImageChunk, Shipper, Snapshot
-from cdc.position import Position, format_lsn
+from cdc.position import Position
 from cdc.record import (
     Batch,
     Checkpoint,
@@ -79,6 +79,14 @@ class ApplyOptions:
     retry_s: float = 60.0
 
 
+class _Hooks(NamedTuple):
+    """What an attempt hears (``stop``) and tells."""
+
+    stop: threading.Event
+    report: Report
+    progressed: Callable[[], None]
+
+
 @dataclass(frozen=True, slots=True)
 class _Tail:
     """Where a topic ends: the position to continue from, or the image left unfinished."""
@@ -110,7 +118,7 @@ def ship(
                 target.append(shipper.end())
             elif not target and isinstance(options.until_lsn, int):
                 target.append(shipper.end().at(options.until_lsn))
-            _Ship(shipper, broker, codec, options, stop, report, progressed).run(target[0] if target else None)
+            _Ship(shipper, broker, codec, options, _Hooks(stop, report, progressed)).run(target[0] if target else None)
 
     _retrying(attempt, options.retry_s, stop)
 
@@ -134,7 +142,7 @@ def follow(
         with closing(open_broker()) as broker, closing(open_applier()) as applier:
             if options.until == "end" and not end:
                 end.append(broker.bounds(options.stream)[1])
-            _Follow(broker, applier, codec, options, stop, report, progressed).run(end[0] if end else None)
+            _Follow(broker, applier, codec, options, _Hooks(stop, report, progressed)).run(end[0] if end else None)
 
     _retrying(attempt, options.retry_s, stop)
 
@@ -221,23 +229,12 @@ def _located(error: CdcError, topic: str, offset: int, position: Position | None
 class _Ship:
     """One attempt at shipping."""
 
-    def __init__(
-        self,
-        shipper: Shipper,
-        broker: Broker,
-        codec: Codec,
-        options: ShipOptions,
-        stop: threading.Event,
-        report: Report,
-        progressed: Callable[[], None],
-    ) -> None:
+    def __init__(self, shipper: Shipper, broker: Broker, codec: Codec, options: ShipOptions, hooks: _Hooks) -> None:
         self._shipper = shipper
         self._broker = broker
         self._codec = codec
         self._options = options
-        self._stop = stop
-        self._report = report
-        self._progressed = progressed
+        self._stop, self._report, self._progressed = hooks
         self._imaged = False
 
     def run(self, target: Position | None) -> None:
@@ -260,49 +257,54 @@ class _Ship:
             return _Image(self, snapshot).copy(end)
 
     def _stream(self, position: Position, target: Position | None) -> None:
-        options = self._options
-        batcher = Batcher(options.stream, self._shipper.format, position)
-        written = time.monotonic()
-        oldest: float | None = None
-        if position == (target or position) and target is not None:
+        if target is not None and position >= target:
             return
-        for item in self._shipper.stream(position, wait_s=options.linger_s):
+        batcher = Batcher(self._options.stream, self._shipper.format, position)
+        with _Writer(self._append) as writer:
+            self._pump(batcher, writer, target)
+            self._confirm(writer.wait())
+
+    def _pump(self, batcher: Batcher, writer: "_Writer", target: Position | None) -> None:
+        """Fill batches; hand one over when it is full, or when it has lingered and the writer has nothing to do."""
+        options = self._options
+        beat = time.monotonic()
+        oldest: float | None = None
+        for item in self._shipper.stream(batcher.position, wait_s=options.linger_s):
+            self._confirm(writer.done())
             now = time.monotonic()
-            if isinstance(item, Transaction):
-                if target is not None and item.position > target:
-                    self.write(batcher.flush())
-                    self._settle(batcher, target)
-                    return
-                self.write(batcher.add(item))
-                oldest = oldest if batcher and oldest is not None else now
-                if now - oldest < options.linger_s:
+            if isinstance(item, Transaction) and (target is None or item.position <= target):
+                self._hand(writer, batcher.add(item))
+                oldest = (oldest or now) if batcher else None
+                if oldest is None or now - oldest < options.linger_s or writer.busy:
                     continue
-            self.write(batcher.flush())
+            self._hand(writer, batcher.flush())
             oldest = None
             reached = target is not None and item.position >= target
-            ahead = item.position.lsn - batcher.position.lsn
-            due = now - written >= options.heartbeat_s or ahead >= HEARTBEAT_BYTES
-            if ahead > 0 and (reached or due):
-                self._settle(batcher, item.position)
-                written = now
+            settled = target if target is not None and reached else item.position
+            ahead = settled.lsn - batcher.position.lsn
+            if ahead > 0 and (reached or now - beat >= options.heartbeat_s or ahead >= HEARTBEAT_BYTES):
+                self._hand(writer, [batcher.heartbeat(settled)])
+                beat = now
             if reached or self._stop.is_set():
                 return
 
-    def _settle(self, batcher: Batcher, position: Position) -> None:
-        """Tell the topic, then the leader, that nothing lies between the last batch and ``position``."""
-        if position > batcher.position:
-            self.write([batcher.heartbeat(position)])
-
-    def write(self, batches: Iterable[Batch]) -> None:
-        """Make batches durable, then let the leader forget what they hold."""
+    def _hand(self, writer: "_Writer", batches: Iterable[Batch]) -> None:
         for batch in batches:
-            self._broker.append(self._options.stream, [self._codec.encode(batch)])
-            if batch.fragment is None or batch.fragment.last:
-                self._shipper.confirm(batch.position)
-            self._progressed()
-            self._report(
-                Progress("stream", str(batch.position), len(batch.transactions), 0, len(batch.lengths), len(batch.body))
-            )
+            self._confirm(writer.write(batch))
+
+    def _append(self, batch: Batch) -> None:
+        self._broker.append(self._options.stream, [self._codec.encode(batch)])
+
+    def _confirm(self, batch: Batch | None) -> None:
+        """The broker has made ``batch`` durable: let the leader forget what it holds."""
+        if batch is None:
+            return
+        if batch.fragment is None or batch.fragment.last:
+            self._shipper.confirm(batch.position)
+        self._progressed()
+        self._report(
+            Progress("stream", str(batch.position), len(batch.transactions), 0, len(batch.lengths), len(batch.body))
+        )
 
     def write_image(self, batches: Iterable[Batch]) -> None:
         """Make parts of an image durable, together."""
@@ -325,6 +327,45 @@ class _Ship:
     def batch(self, kind: Kind, position: Position) -> Batch:
         """An empty batch of this stream, standing at ``position``."""
         return Batch(self._options.stream, self._shipper.format, kind, position, position)
+
+
+class _Writer:
+    """Appends one batch at a time beside the reading, so that what arrives meanwhile fills the next one."""
+
+    def __init__(self, append: Callable[[Batch], None]) -> None:
+        self._append = append
+        self._pool = ThreadPoolExecutor(1, "cdc-append")
+        self._batch: Batch | None = None
+        self._future: Future[None] | None = None
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    @property
+    def busy(self) -> bool:
+        return self._future is not None and not self._future.done()
+
+    def done(self) -> Batch | None:
+        """The batch that became durable since the last call, if one did."""
+        return None if self.busy else self.wait()
+
+    def wait(self) -> Batch | None:
+        """As :meth:`done`, once nothing is being written."""
+        if self._future is None:
+            return None
+        self._future.result()
+        batch, self._batch, self._future = self._batch, None, None
+        return batch
+
+    def write(self, batch: Batch) -> Batch | None:
+        """Begin to write a batch, after the one before it, which is returned."""
+        before = self.wait()
+        self._batch = batch
+        self._future = self._pool.submit(self._append, batch)
+        return before
 
 
 class _Image:
@@ -356,7 +397,7 @@ class _Image:
         if not self._copy_all(begin, todo, total):
             return None
         head = ImageHead(_id(begin), self._sequence, begin.position.lsn)
-        self._ship.write_image([_with(self._ship.batch(Kind.IMAGE_END, begin.position), head)])
+        self._ship.write_image([replace(self._ship.batch(Kind.IMAGE_END, begin.position), image=head)])
         return begin.position
 
     def _can_resume(self, end: _Tail, relations: Iterable[Relation]) -> bool:
@@ -372,7 +413,8 @@ class _Image:
         plans = tuple(self._snapshot.plan(relation) for relation in relations)
         position = self._snapshot.position
         head = ImageHead(uuid.uuid4().hex, 0, position.lsn)
-        batch = _with(self._ship.batch(Kind.IMAGE_BEGIN, position), head, relations=relations, plan=plans)
+        empty = self._ship.batch(Kind.IMAGE_BEGIN, position)
+        batch = replace(empty, image=head, relations=relations, plan=plans)
         self._ship.write_image([batch])
         return batch
 
@@ -410,7 +452,9 @@ class _Image:
                     "binary" if part.form == "binary" else "text",
                 )
                 empty = self._ship.batch(Kind.IMAGE_CHUNK, begin.position)
-                batches.append(_with(empty, head, (relation,), part.body, Fragment(index, last)))
+                batches.append(
+                    replace(empty, image=head, relations=(relation,), body=part.body, fragment=Fragment(index, last))
+                )
                 rows += part.rows
                 size += len(part.body)
                 if len(batches) == CHUNK_PARTS_HELD or last:
@@ -418,28 +462,6 @@ class _Image:
                     batches.clear()
             self._sequence += 1
         return Progress("image", relation.label, rows=rows, size_bytes=size)
-
-
-def _with(
-    batch: Batch,
-    head: ImageHead,
-    relations: tuple[Relation, ...] = (),
-    body: bytes = b"",
-    fragment: Fragment | None = None,
-    plan: tuple[ChunkPlan, ...] = (),
-) -> Batch:
-    return Batch(
-        batch.stream,
-        batch.format,
-        batch.kind,
-        batch.previous,
-        batch.position,
-        relations,
-        body=body,
-        fragment=fragment,
-        image=head,
-        plan=plan,
-    )
 
 
 def _id(begin: Batch) -> str:
@@ -459,23 +481,12 @@ def _marking_last(items: Iterable[ImageChunk]) -> Iterator[tuple[ImageChunk, boo
 class _Follow:
     """One attempt at following. One read of the broker is one commit of the follower, unless a fragment is open."""
 
-    def __init__(
-        self,
-        broker: Broker,
-        applier: Applier,
-        codec: Codec,
-        options: ApplyOptions,
-        stop: threading.Event,
-        report: Report,
-        progressed: Callable[[], None],
-    ) -> None:
+    def __init__(self, broker: Broker, applier: Applier, codec: Codec, options: ApplyOptions, hooks: _Hooks) -> None:
         self._broker = broker
         self._applier = applier
         self._codec = codec
         self._options = options
-        self._stop = stop
-        self._report = report
-        self._progressed = progressed
+        self._stop, self._report, self._progressed = hooks
         self._applied = Applied()
         self._committed = Applied()
         self._epoch = 0

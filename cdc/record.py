@@ -41,7 +41,7 @@ class TypeDescription:
     """A type that is not built into PostgreSQL (OID 16384 and above): what a decoder must know of it.
 
     ``base`` is the element of an array, the base of a domain, the subtype of a range, 0 otherwise.
-    ``labels`` are an enum's, in order. Kinds follow ``pg_type.typtype``, arrays told apart; ``base`` kind covers
+    (of a multirange, its range). ``labels`` are an enum's, in order. Kinds follow ``pg_type.typtype``, arrays told apart; ``base`` kind covers
     extension types, whose bytes we pass on but cannot read.
     """
 
@@ -128,9 +128,9 @@ class TransactionHead(NamedTuple):
 
 
 class Fragment(NamedTuple):
-    """Part ``index`` of something too large for one message; only the ``last`` one completes it."""
+    """Part ``number`` (from 0) of something too large for one message; only the ``last`` one completes it."""
 
-    index: int
+    number: int
     last: bool
 
 

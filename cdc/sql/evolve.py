@@ -44,7 +44,8 @@ def _paired(old: Relation, new: Relation) -> list[tuple[Column, Column]]:
     came = [column.name for column in new.columns if column.name not in {column.name for column in old.columns}]
     if gone and came:
         raise SchemaError(
-            f"columns {gone} of {new.label} are gone and {came} came: renamed, or dropped and added? the log does not tell",
+            f"columns {gone} of {new.label} are gone and {came} came: "
+            "whether they were renamed, or dropped and added, the log does not tell",
             remedy=f"make the follower's table {new.label} equal to the leader's by hand, then start again "
             "with `--schema-changed`",
         )

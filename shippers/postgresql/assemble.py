@@ -256,9 +256,9 @@ class Assembler:
 def _run(relations: dict[int, Relation], frames: list[Frame], *, streamed: bool) -> Run:
     """Strip the frames; a streamed message also loses its xid, so that a topic knows one form only."""
     if streamed:
-        messages = [bytes(frame[FRAME_BYTES : FRAME_BYTES + 1]) + frame[FRAME_BYTES + 5 :] for frame in frames]
         stripped = FRAME_BYTES + 4
+        body = b"".join([piece for frame in frames for piece in (frame[FRAME_BYTES : _XID.start], frame[_XID.stop :])])
     else:
-        messages = [frame[FRAME_BYTES:] for frame in frames]
         stripped = FRAME_BYTES
-    return Run(relations, [len(frame) - stripped for frame in frames], b"".join(messages))
+        body = b"".join([frame[FRAME_BYTES:] for frame in frames])
+    return Run(relations, [len(frame) - stripped for frame in frames], body)

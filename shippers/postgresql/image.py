@@ -165,7 +165,7 @@ def _bounds(connection: Connection, relation: Relation, source: _Source, step: i
     while True:
         query = f"SELECT {texts} FROM {source.table} {after} ORDER BY {order} OFFSET {step} LIMIT 1"
         with translated():
-            row = connection.execute(query).fetchone()  # type: ignore[arg-type]
+            row = connection.execute(query).fetchone()
         if row is None:
             return
         yield row

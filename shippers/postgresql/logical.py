@@ -17,7 +17,7 @@ from psycopg.errors import error_from_result
 from cdc.errors import ConfigurationError, DivergedError, FencedError, GapError, UnavailableError
 from cdc.ports import Snapshot
 from cdc.position import Position, format_lsn, parse_lsn
-from cdc.record import Format, Heartbeat, Relation, Transaction
+from cdc.record import Column, Format, Heartbeat, Relation, Transaction
 from cdc.sql.quote import identifier, literal
 from cdc.stores.postgresql.connect import Connection, connect, source_of, translate, translated
 from cdc.stores.postgresql.describe import enrich
@@ -26,6 +26,7 @@ from shippers.postgresql import image
 from shippers.postgresql.assemble import RUN_BYTES, Assembler
 
 STATUS_INTERVAL_S: Final = 10.0  # the server's default wal_sender_timeout is 60 s
+_XLOGDATA: Final = ord("w")
 HANDOVER_S: Final = 5.0  # how long a predecessor's half-dead session may hold the slot
 
 
@@ -48,7 +49,7 @@ class _Slot:
 
 
 class LogicalShipper:
-    """Ships one slot. Owns it by a session lock on the leader while open; the walsender locks the slot while streaming."""
+    """Ships one slot. While open it holds a session lock on the leader, streaming also the slot itself."""
 
     format: ClassVar[Format] = Format.LOGICAL
 
@@ -59,6 +60,7 @@ class LogicalShipper:
         self.source, self.timeline = source_of(catalog)
         self._replication: Connection | None = None
         self._assembler: Assembler | None = None
+        self._poll = select.poll()
         self._confirmed_lsn = 0
         self._status_due = 0.0
 
@@ -112,46 +114,46 @@ class LogicalShipper:
         self._start(0 if slot.two_phase else after.lsn, two_phase=slot.two_phase)
         return self._read(self._assembler, wait_s)
 
-    def _read(self, assembler: Assembler, wait_s: float) -> Iterator[Transaction | Heartbeat]:
+    def _read(self, assembler: Assembler, wait_s: float) -> Iterator[Transaction | Heartbeat]:  # noqa: C901
+        """The hot loop: a message whose prefix is known is put aside without a call."""
         assert self._replication is not None  # noqa: S101
         wire = self._replication.pgconn
         get = wire.get_copy_data
-        poll = select.poll()
-        poll.register(wire.socket, select.POLLIN)
         known, frames, room = assembler.known, assembler.frames, RUN_BYTES
         prefix = assembler.prefix
-        while True:
-            with translated():
+        with translated():
+            while True:
                 size, frame = get(1)
-            if size > 0:
-                if frame[prefix] in known:
-                    frames.append(frame)
-                    room -= size
-                    if room > 0:
+                if size > 0:
+                    if frame[prefix] in known:
+                        frames.append(frame)
+                        room -= size
+                        if room > 0:
+                            continue
+                        assembler.cut()
+                        self._send_status_when_due()
+                    elif frame[0] == _XLOGDATA:
+                        transaction = assembler.feed(frame)
+                        prefix = assembler.prefix
+                        if transaction is not None:
+                            yield transaction
+                        if frames:
+                            continue
+                    else:
+                        self._keepalive(frame)
                         continue
-                    assembler.cut()
-                    self._send_status_when_due()
-                elif frame[0] == pgoutput.XLOGDATA:
-                    transaction = assembler.feed(frame)
-                    prefix = assembler.prefix
-                    if transaction is not None:
-                        yield transaction
-                    if frames:
-                        continue
+                    room = RUN_BYTES
+                elif size < 0:
+                    self._ended()
+                elif self._readable(wait_s):
+                    wire.consume_input()
                 else:
-                    self._keepalive(frame)
-                    continue
-                room = RUN_BYTES
-            elif size == 0:
-                if not poll.poll(wait_s * 1000):
                     self._send_status_when_due()
                     if assembler.idle:
                         yield Heartbeat(assembler.position)
-                else:
-                    with translated():
-                        wire.consume_input()
-            else:
-                self._ended()
+
+    def _readable(self, wait_s: float) -> bool:
+        return bool(self._poll.poll(wait_s * 1000))
 
     def _keepalive(self, frame: bytes | memoryview) -> None:
         assert self._assembler is not None  # noqa: S101
@@ -185,7 +187,7 @@ class LogicalShipper:
         self._status_due = time.monotonic() + STATUS_INTERVAL_S
 
     def _describe(self, message: pgoutput.RelationMessage) -> Relation:
-        return enrich(self._catalog, pgoutput.relation(message))
+        return enrich(self._catalog, _relation(message))
 
     def _start(self, lsn: int, *, two_phase: bool) -> None:
         command = start_command(self._options, lsn, self._catalog.info.server_version, two_phase=two_phase)
@@ -196,6 +198,7 @@ class LogicalShipper:
             )
             result = self._replication.pgconn.exec_(command.encode())
             if result.status == pq.ExecStatus.COPY_BOTH:
+                self._poll.register(self._replication.pgconn.socket, select.POLLIN)
                 return
             error = translate(error_from_result(result))
             self._replication.close()
@@ -228,7 +231,7 @@ class LogicalShipper:
                 remedy="name another slot with --slot, or drop that one and run `cdc setup`",
             )
         if wal_status == "lost":
-            raise GapError(f"slot {name!r} is invalidated: the leader no longer holds what follows {after or confirmed}")
+            raise GapError(f"slot {name!r} is invalidated: the leader forgot what follows {after or confirmed}")
         if confirmed is None:
             raise ConfigurationError(f"slot {name!r} is not ready yet", remedy="wait until its creation has ended")
         lsn = parse_lsn(confirmed)
@@ -290,6 +293,11 @@ def start_command(options: Options, lsn: int, server_version: int, *, two_phase:
     return f"START_REPLICATION SLOT {identifier(options.slot)} LOGICAL {format_lsn(lsn)} ({text})"
 
 
+def _relation(message: pgoutput.RelationMessage) -> Relation:
+    columns = tuple(Column(c.name, c.type_oid, c.modifier, c.key) for c in message.columns)
+    return Relation(message.id, message.schema, message.name, message.identity, columns)
+
+
 def branch_point(history: str, epoch: int) -> int:
     """Where timeline ``epoch`` was left, from the text of a timeline history file.
 
@@ -310,9 +318,7 @@ def _own(catalog: Connection, slot: str) -> None:
     deadline = time.monotonic() + HANDOVER_S
     while True:
         with translated():
-            row = catalog.execute(
-                "SELECT pg_try_advisory_lock(hashtext('cdc ship'), hashtext(%s))", (slot,)
-            ).fetchone()
+            row = catalog.execute("SELECT pg_try_advisory_lock(hashtext('cdc ship'), hashtext(%s))", (slot,)).fetchone()
         if row is not None and row[0]:
             return
         if time.monotonic() > deadline:

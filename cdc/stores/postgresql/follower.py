@@ -296,8 +296,8 @@ class PostgresFollower:
             self._alter(relation, f"ALTER COLUMN {name} TYPE {sql}")
         except CdcError as error:
             raise SchemaError(
-                f"column {change.new.name!r} of {relation.label} became {sql}, which does not follow by itself: {error}",
-                remedy=f"ALTER TABLE {_name(relation)} ALTER COLUMN {name} TYPE {sql} USING …, as it was done on the leader",
+                f"column {change.new.name!r} of {relation.label} became {sql}, which does not follow: {error}",
+                remedy=f"as on the leader: ALTER TABLE {_name(relation)} ALTER COLUMN {name} TYPE {sql} USING …",
             ) from error
 
     def _alter(self, relation: Relation, action: str) -> None:
@@ -341,7 +341,9 @@ class PostgresFollower:
             where = _matching(found, len(targets))
             query = f"UPDATE {_name(rows.relation)} t SET {setting} FROM {source} WHERE {where}"
             return self._execute(query, *arrays).command_tuples or 0
-        query = f"UPDATE {_name(rows.relation)} t SET {setting} FROM {source} WHERE {self._one(rows, found, len(targets))}"
+        query = (
+            f"UPDATE {_name(rows.relation)} t SET {setting} FROM {source} WHERE {self._one(rows, found, len(targets))}"
+        )
         return self._each(rows, query, targets, found)
 
     def delete(self, rows: RowSet) -> int:
@@ -399,7 +401,8 @@ class PostgresFollower:
                 relation.name,
             )
             self._targets[key] = {
-                str(name): _Target(str(name), int(oid or 0), str(sql), int(array or 0)) for name, oid, sql, array in rows
+                str(name): _Target(str(name), int(oid or 0), str(sql), int(array or 0))
+                for name, oid, sql, array in rows
             }
         return self._targets[key]
 
@@ -465,7 +468,7 @@ class PostgresFollower:
                 self._check(self._wire.prepare(name, query.encode()))
                 self._prepared[query] = name
             formats = [1 if value is not None and "unnest(" in query else 0 for value in values]
-            result = self._wire.exec_prepared(name, values, formats)
+            result = self._wire.exec_prepared(name, values, formats)  # type: ignore[arg-type]  # None is NULL
         return self._check(result)
 
     def _values(self, query: str, *values: str) -> list[tuple[str | None, ...]]:
@@ -479,7 +482,9 @@ class PostgresFollower:
 
     def _check(self, result: "pq.abc.PGresult | None") -> "pq.abc.PGresult":
         if result is None or self._wire.status != pq.ConnStatus.OK:
-            raise UnavailableError(f"the follower went away: {self._wire.error_message.decode(errors='replace').strip()}")
+            raise UnavailableError(
+                f"the follower went away: {self._wire.error_message.decode(errors='replace').strip()}"
+            )
         if result.status in {pq.ExecStatus.FATAL_ERROR, pq.ExecStatus.BAD_RESPONSE}:
             raise translate(error_from_result(result))
         return result
@@ -507,9 +512,7 @@ def _unnest(targets: Sequence[_Target]) -> str:
 
 
 def _matching(found: Sequence[_Target], at: int) -> str:
-    return " AND ".join(
-        f"t.{identifier(target.name)} = u.c{at + i}::{target.sql}" for i, target in enumerate(found)
-    )
+    return " AND ".join(f"t.{identifier(target.name)} = u.c{at + i}::{target.sql}" for i, target in enumerate(found))
 
 
 def _on_conflict(relation: Relation, targets: Sequence[_Target]) -> str:
