@@ -1,0 +1,6 @@
+"""``python -m benchmarks`` runs every measurement; ``python -m benchmarks.NAME --help`` tells of one."""
+
+from benchmarks import logical
+
+if __name__ == "__main__":
+    logical.main()

@@ -1,0 +1,164 @@
+"""Ours beside PostgreSQL's own, in one run: ``python -m benchmarks.logical``.
+
+Shipping: ``cdc ship --until now`` beside ``pg_recvlogical --endpos`` on two slots with the same content. Applying:
+``cdc apply --until end`` beside a native subscription on the same content. Wall time, start-up included. The machine
+may be noisy: only the ratios of one run mean something.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psycopg
+
+from cdc.stores.embedded import EmbeddedPostgres
+
+TABLE = "CREATE TABLE t (id int PRIMARY KEY, a int, b text, c timestamptz DEFAULT now())"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=500_000, help="rows of the one large insert (default 500000)")
+    parser.add_argument("--updates", type=int, default=40_000, help="one-row updates after it (default 40000)")
+    parser.add_argument("--rounds", type=int, default=3, help="how often; each with both tools (default 3)")
+    arguments = parser.parse_args()
+    settings = {"max_wal_size": "4GB", "max_wal_senders": "20", "max_replication_slots": "20", "autovacuum": "off"}
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        EmbeddedPostgres(18, settings=settings) as leader,
+        EmbeddedPostgres(18, settings=settings) as follower,
+    ):
+        for number in range(arguments.rounds):
+            result = _round(leader, follower, Path(directory), number, arguments.rows, arguments.updates)
+            print(json.dumps(result), flush=True)
+
+
+def _round(
+    leader: EmbeddedPostgres, follower: EmbeddedPostgres, directory: Path, number: int, rows: int, updates: int
+) -> dict[str, float]:
+    name = f"bench{number}"
+    for server in (leader, follower):
+        _sql(server.url(), f"CREATE DATABASE {name}")
+    source, target = leader.url(name), follower.url(name)
+    topic = f"file://{directory / name}"
+    _sql(source, TABLE)
+    _cdc("setup", source)
+    _cdc("ship", source, topic, "--until", "now")
+    _cdc("apply", topic, target, "--until", "end")
+    for slot in ("received", "subscribed"):
+        _sql(source, f"SELECT pg_create_logical_replication_slot('{slot}{number}', 'pgoutput')")
+    _sql(source, f"INSERT INTO t SELECT g, g % 100, 'row number ' || g FROM generate_series(1, {rows}) g")
+    _updates(source, updates)
+    messages = rows + 2 + 3 * updates
+
+    ours, theirs = _in_turn(
+        number,
+        lambda: _cdc("ship", source, topic, "--until", "now"),
+        lambda: _received(leader, name, f"received{number}", directory / "received"),
+    )
+    applied, subscribed = _in_turn(
+        number,
+        lambda: _cdc("apply", topic, target, "--until", "end"),
+        lambda: _subscribed(source, follower, name, number, updates),
+    )
+    _cdc("verify", source, target)
+    return {
+        "messages": messages,
+        "ship_messages_per_s": round(messages / ours),
+        "pg_recvlogical_messages_per_s": round(messages / theirs),
+        "ship_ratio": round(theirs / ours, 2),
+        "changes": rows + updates,
+        "apply_rows_per_s": round((rows + updates) / applied),
+        "subscription_rows_per_s": round((rows + updates) / subscribed),
+        "apply_ratio": round(subscribed / applied, 2),
+    }
+
+
+def _in_turn(number: int, ours: Callable[[], object], theirs: Callable[[], object]) -> tuple[float, float]:
+    """Time both; who goes first changes from round to round."""
+    if number % 2:
+        second = _timed(theirs)
+        return _timed(ours), second
+    return _timed(ours), _timed(theirs)
+
+
+def _timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _received(leader: EmbeddedPostgres, database: str, slot: str, out: Path) -> None:
+    end = _value(leader.url(database), "SELECT pg_current_wal_flush_lsn()")
+    subprocess.run(
+        [
+            str(leader.bindir / "pg_recvlogical"),
+            "--dbname",
+            leader.url(database),
+            "--slot",
+            slot,
+            "--start",
+            "--file",
+            str(out),
+            "--endpos",
+            str(end),
+            "--option",
+            "proto_version=1",
+            "--option",
+            f"publication_names=cdc_{database}",
+        ],
+        check=True,
+    )
+
+
+def _subscribed(source: str, follower: EmbeddedPostgres, database: str, number: int, updates: int) -> None:
+    """Until the last update is there, in a database of its own on the same server."""
+    own = f"subscribed{number}"
+    _sql(follower.url(), f"CREATE DATABASE {own}")
+    _sql(follower.url(own), TABLE)
+    with psycopg.connect(follower.url(own), autocommit=True) as connection:
+        connection.execute(
+            f"CREATE SUBSCRIPTION {own} CONNECTION '{source}' PUBLICATION cdc_{database}"  # type: ignore[arg-type]
+            f" WITH (copy_data = false, create_slot = false, slot_name = 'subscribed{number}', binary = true)"
+        )
+        while connection.execute("SELECT a FROM t WHERE id = %s", [updates]).fetchone() != (updates % 100 + 1,):
+            time.sleep(0.002)
+        connection.execute(f"ALTER SUBSCRIPTION {own} DISABLE")  # type: ignore[arg-type]
+        connection.execute(f"ALTER SUBSCRIPTION {own} SET (slot_name = NONE)")  # type: ignore[arg-type]
+        connection.execute(f"DROP SUBSCRIPTION {own}")  # type: ignore[arg-type]
+
+
+def _updates(url: str, count: int) -> None:
+    """One-row transactions, fast: what is measured is reading them back."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("SET synchronous_commit = off")
+        with connection.pipeline():
+            for number in range(1, count + 1):
+                connection.execute("UPDATE t SET a = a + 1 WHERE id = %s", [number])
+        connection.execute("SELECT pg_switch_wal()")
+
+
+def _cdc(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "cdc", *arguments, *(["--quiet"] if arguments[0] != "setup" else [])], check=True)
+
+
+def _sql(url: str, statement: str) -> None:
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(statement)  # type: ignore[arg-type]
+
+
+def _value(url: str, statement: str) -> object:
+    with psycopg.connect(url, autocommit=True) as connection:
+        row = connection.execute(statement).fetchone()  # type: ignore[arg-type]
+        return row[0] if row else None
+
+
+if __name__ == "__main__":
+    main()
+    print(f"peak memory of the largest child: {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024} MB")
