@@ -6,6 +6,8 @@ leader's order, to come through as the leader did or to stop at the very change 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Final, NamedTuple
 
 from appliers.changes import TURN_MAX, Identity, NotASetError, TableChanges, filled, identity
@@ -31,6 +33,9 @@ class RowsApplier:
         self._open = False
         self._relations: dict[int, Relation] = {}
         self._committed_relations: dict[int, Relation] = {}
+        # One batch is written while the next is being planned; the follower's connection is never used by both.
+        self._writer = ThreadPoolExecutor(1, "cdc-write")
+        self._writing: Future[None] | None = None
         self._windows: Mapping[int, tuple[int, int]] = {}
 
     def claim(self, stream: str) -> tuple[int, Checkpoint | None]:
@@ -48,14 +53,17 @@ class RowsApplier:
         if not self._open:
             self._follower.begin()
             self._open = True
+        if batch.kind is Kind.LOG:
+            self._apply_log(_Log(batch, after, until))
+            return
+        self._settle()
         if batch.kind is Kind.IMAGE_BEGIN:
             self._begin_image(batch)
         elif batch.kind is Kind.IMAGE_CHUNK:
             self._load(batch)
-        elif batch.kind is Kind.LOG:
-            self._apply_log(_Log(batch, after, until))
 
     def commit(self, checkpoint: Checkpoint) -> None:
+        self._settle()
         self._follower.write_checkpoint(self._stream, checkpoint)
         self._follower.commit()
         self._open = False
@@ -63,12 +71,21 @@ class RowsApplier:
         self._look_at(checkpoint)
 
     def rollback(self) -> None:
+        with suppress(CdcError):  # what is rolled back need not have worked
+            self._settle()
         self._follower.rollback()
         self._open = False
         self._relations = dict(self._committed_relations)
 
     def close(self) -> None:
+        self._writer.shutdown()
         self._follower.close()
+
+    def _settle(self) -> None:
+        """Wait until the batch that is being written is."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
 
     def _look_at(self, checkpoint: Checkpoint | None) -> None:
         image = checkpoint.image if checkpoint is not None else None
@@ -101,6 +118,14 @@ class RowsApplier:
         known = self._relations.get(relation.id)
         if known is relation or known == relation:
             return
+        self._settle()
+        self._prepare_here(relation)
+
+    def _prepare_here(self, relation: Relation) -> None:
+        """As :meth:`_prepare`, by whoever has the follower's connection."""
+        known = self._relations.get(relation.id)
+        if known is relation or known == relation:
+            return
         there = self._follower.columns(relation)
         if there is None and known is None:
             self._follower.create(relation)
@@ -127,22 +152,38 @@ class RowsApplier:
     # The log.
 
     def _apply_log(self, log: "_Log") -> None:
-        steps = _Steps(self._follower, self._prepare, self._windows)
+        plan: list[_Write | _Truncate] | None
         try:
             plan = _Sets(self._follower, self._prepare, self._windows).plan(log)
         except NotASetError:
-            steps.take(log)
-            return
+            plan = None
+        self._settle()
+        self._writing = self._writer.submit(self._write, log, plan)
+
+    def _write(self, log: "_Log", plan: "list[_Write | _Truncate] | None") -> None:
+        """Write the plan, or where it does not fit, or there is none, step by step."""
+        try:
+            if plan is None or not self._write_sets(plan):
+                _Steps(self._follower, self._prepare_here, self._windows).take(log)
+        except CdcError as error:
+            batch = log.batch
+            located = type(error)(f"{error} (stream {batch.stream!r}, batch of {batch.position})", remedy=error.remedy)
+            located.located = True
+            raise located from error
+
+    def _write_sets(self, plan: "list[_Write | _Truncate]") -> bool:
+        """:returns: False where the sets do not fit; the follower is then as it was before."""
         try:
             self._follower.savepoint()
         except NotImplementedError:
             _write(self._follower, plan)
-            return
+            return True
         try:
             _write(self._follower, plan)
         except ConflictError:
             self._follower.rollback_to_savepoint()
-            steps.take(log)
+            return False
+        return True
 
 
 class _Write(NamedTuple):

@@ -24,6 +24,8 @@ class CdcError(Exception):
     def __init__(self, message: str, *, remedy: str | None = None) -> None:
         super().__init__(message)
         self.remedy = remedy or self.default_remedy
+        self.located = False
+        """The message already says where in the topic."""
 
 
 class UsageError(CdcError):

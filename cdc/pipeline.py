@@ -222,6 +222,8 @@ def _decode(codec: Codec, topic: str, offset: int, body: bytes) -> Batch:
 
 
 def _located(error: CdcError, topic: str, offset: int, position: Position | None = None) -> CdcError:
+    if error.located:
+        return error
     where = f"topic {topic!r}, offset {offset}" + (f", position {position}" if position is not None else "")
     return type(error)(f"{error} ({where})", remedy=error.remedy)
 
