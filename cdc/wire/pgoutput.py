@@ -447,12 +447,19 @@ class _Reader:
         return _malformed(self.message, self.at, what)
 
 
+# Every transaction has these two: they are read in one step.
+_begin_fields = Struct(">QqI")
+_commit_fields = Struct(">BQQq")
+
+
 def _begin(r: _Reader) -> Begin:
-    return Begin(r.lsn(), r.time_us(), r.xid())
+    final_lsn, committed, xid = _begin_fields.unpack(r.take(_begin_fields.size, "the transaction's beginning"))
+    return Begin(final_lsn, committed + PG_EPOCH_US, xid)
 
 
 def _commit(r: _Reader) -> Commit:
-    return Commit(r.flags(), r.lsn(), r.lsn(), r.time_us())
+    flags, commit_lsn, end_lsn, committed = _commit_fields.unpack(r.take(_commit_fields.size, "the commit"))
+    return Commit(flags, commit_lsn, end_lsn, committed + PG_EPOCH_US)
 
 
 def _origin(r: _Reader) -> Origin:

@@ -6,7 +6,6 @@ message aside without a call; everything else goes through :meth:`Assembler.feed
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Final
 
 from cdc.errors import DecodeError, GapError
@@ -16,38 +15,41 @@ from cdc.wire import pgoutput
 from shippers.postgresql.spool import Spool
 
 RUN_BYTES: Final = 900 << 10  # a run fits one message of Kafka's default size
+_SHARED_MAX: Final = 16  # relations that consecutive small transactions describe together
 FRAME_BYTES: Final = 25  # of the XLogData header before each pgoutput message
 _XID: Final = slice(FRAME_BYTES + 1, FRAME_BYTES + 5)
 _PLAIN: Final = slice(FRAME_BYTES, FRAME_BYTES + 5)  # opcode, relation id
 _STREAMED: Final = slice(FRAME_BYTES, FRAME_BYTES + 9)  # opcode, xid, relation id
 
-Frame = bytes | memoryview
 
-
-@dataclass(slots=True)
 class _Open:
     """A transaction that has begun. ``relations`` are those that only its own stream has described so far."""
 
-    xid: int
-    committed_us: int = 0
-    spool: Spool = field(default_factory=Spool)
-    relations: dict[int, Relation] = field(default_factory=dict)
-    aborted: set[int] = field(default_factory=set)
-    prepare_lsn: int = 0
+    __slots__ = ("aborted", "committed_us", "prepare_lsn", "relations", "spool", "xid")
+
+    def __init__(self, xid: int, committed_us: int = 0) -> None:
+        self.xid = xid
+        self.committed_us = committed_us
+        self.spool = Spool()
+        self.relations: dict[int, Relation] = {}
+        self.aborted: set[int] = set()
+        self.prepare_lsn = 0
 
 
 class Assembler:
     """Collects one replication stream.
 
-    ``describe`` turns a Relation message into a :class:`~cdc.record.Relation`. :attr:`position` is the end of the last
-    transaction seen whole. Transactions at or below ``after`` are dropped: the broker has them.
+    ``describe`` turns a Relation message into a :class:`~cdc.record.Relation`, or into None where the table's changes
+    are to be left out. :attr:`position` is the end of the last transaction seen whole. Transactions at or below
+    ``after`` are dropped: the broker has them.
     """
 
-    def __init__(self, after: Position, describe: Callable[[pgoutput.RelationMessage], Relation]) -> None:
+    def __init__(self, after: Position, describe: Callable[[pgoutput.RelationMessage], Relation | None]) -> None:
         self.position = after
         self._after = after
         self._describe = describe
         self._relations: dict[int, Relation] = {}
+        self._left_out: set[int] = set()
         self._streams: dict[int, _Open] = {}
         self._prepared: dict[tuple[int, str], _Open] = {}
         self._open: _Open | None = None
@@ -57,7 +59,7 @@ class Assembler:
         # The three below are the hot loop's: which prefix to look at, which prefixes need no more, where frames go.
         self.prefix = _PLAIN
         self.known: set[bytes] = set()
-        self.frames: list[Frame] = []
+        self.frames: list[bytes] = []
 
     @property
     def idle(self) -> bool:
@@ -74,16 +76,16 @@ class Assembler:
         if self.idle and lsn > self.position.lsn:
             self.position = self.position.at(lsn)
 
-    def feed(self, frame: Frame) -> Transaction | None:
+    def feed(self, frame: bytes) -> Transaction | None:
         """Take a whole XLogData frame that is not in :attr:`known`. Returns a transaction where it completes one."""
         opcode = frame[FRAME_BYTES]
         if opcode in b"IUD":
             self._change(frame)
             return None
-        message = pgoutput.decode(bytes(frame[FRAME_BYTES:]), in_stream=self._in_stream)
+        message = pgoutput.decode(frame[FRAME_BYTES:], in_stream=self._in_stream)
         return self._dispatch(message, frame)
 
-    def _dispatch(self, message: pgoutput.Msg, frame: Frame) -> Transaction | None:  # noqa: C901, PLR0912
+    def _dispatch(self, message: pgoutput.Msg, frame: bytes) -> Transaction | None:  # noqa: C901, PLR0912
         match message:
             case pgoutput.Begin():
                 self._open = _Open(message.xid, message.committed_us)
@@ -130,23 +132,30 @@ class Assembler:
 
     def cut(self) -> None:
         """End the run: what is in :attr:`frames` goes to the open transaction's spool."""
+        self._put_away()
+        self._run = {}
+        self.known.clear()
+
+    def _put_away(self) -> None:
+        """End the run; the next one may share its descriptions."""
         if self.frames:
             if self._open is None:
                 raise DecodeError(f"a row message came outside of a transaction after {self.position}")
             self._open.spool.add(self._subxid, _run(self._run, self.frames, streamed=self._in_stream))
             self.frames.clear()
-        self._run = {}
-        self.known.clear()
 
-    def _change(self, frame: Frame) -> None:
+    def _change(self, frame: bytes) -> None:
         """The first message of this run for its relation (and subtransaction)."""
         if self._in_stream:
             subxid = int.from_bytes(frame[_XID])
             if subxid != self._subxid:
                 self.cut()
                 self._subxid = subxid
-        key = bytes(frame[self.prefix])
-        self._name(int.from_bytes(key[-4:]))
+        key = frame[self.prefix]
+        relation_id = int.from_bytes(key[-4:])
+        if relation_id in self._left_out:
+            return
+        self._name(relation_id)
         self.known.update(opcode + key[1:] for opcode in (b"I", b"U", b"D"))
         self.frames.append(frame)
 
@@ -163,13 +172,16 @@ class Assembler:
 
     def _learn(self, message: pgoutput.RelationMessage) -> None:
         relation = self._describe(message)
+        if relation is None:
+            self._left_out.add(message.id)
+            return
         if relation == self._relation(message.id):
             return
         if message.id in self._run:
             self.cut()
         (self._open.relations if self._in_stream and self._open else self._relations)[message.id] = relation
 
-    def _truncate(self, message: pgoutput.Truncate, frame: Frame) -> None:
+    def _truncate(self, message: pgoutput.Truncate, frame: bytes) -> None:
         if self._in_stream and int.from_bytes(frame[_XID]) != self._subxid:
             self.cut()
             self._subxid = int.from_bytes(frame[_XID])
@@ -177,7 +189,7 @@ class Assembler:
             self._name(relation_id)
         self.frames.append(frame)
 
-    def _message(self, message: pgoutput.LogicalMessage, frame: Frame) -> Transaction | None:
+    def _message(self, message: pgoutput.LogicalMessage, frame: bytes) -> Transaction | None:
         if message.transactional:
             if self._in_stream and int.from_bytes(frame[_XID]) != self._subxid:
                 self.cut()
@@ -192,11 +204,11 @@ class Assembler:
         return self._finish(alone, message.lsn)
 
     def _stream(self, xid: int) -> None:
+        self.cut()
         self._open = self._streams.setdefault(xid, _Open(xid))
         self._in_stream = True
         self._subxid = xid
         self.prefix = _STREAMED
-        self.known.clear()
 
     def _stop(self) -> None:
         self.cut()
@@ -231,7 +243,10 @@ class Assembler:
 
     def _take(self) -> _Open:
         """The open transaction, which ends here."""
-        self.cut()
+        if len(self._run) > _SHARED_MAX:
+            self.cut()
+        else:
+            self._put_away()
         opened, self._open = self._open, None
         if opened is None:
             raise DecodeError(f"the leader ended a transaction that had not begun, after {self.position}")
@@ -253,12 +268,10 @@ class Assembler:
             opened.spool.close()
 
 
-def _run(relations: dict[int, Relation], frames: list[Frame], *, streamed: bool) -> Run:
+def _run(relations: dict[int, Relation], frames: list[bytes], *, streamed: bool) -> Run:
     """Strip the frames; a streamed message also loses its xid, so that a topic knows one form only."""
     if streamed:
-        stripped = FRAME_BYTES + 4
-        body = b"".join([piece for frame in frames for piece in (frame[FRAME_BYTES : _XID.start], frame[_XID.stop :])])
+        messages = [frame[FRAME_BYTES : FRAME_BYTES + 1] + frame[FRAME_BYTES + 5 :] for frame in frames]
     else:
-        stripped = FRAME_BYTES
-        body = b"".join([frame[FRAME_BYTES:] for frame in frames])
-    return Run(relations, [len(frame) - stripped for frame in frames], body)
+        messages = [frame[FRAME_BYTES:] for frame in frames]
+    return Run(relations, list(map(len, messages)), b"".join(messages))

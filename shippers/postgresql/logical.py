@@ -20,7 +20,7 @@ from cdc.position import Position, format_lsn, parse_lsn
 from cdc.record import Column, Format, Heartbeat, Relation, Transaction
 from cdc.sql.quote import identifier, literal
 from cdc.stores.postgresql.connect import Connection, connect, source_of, translate, translated
-from cdc.stores.postgresql.describe import enrich
+from cdc.stores.postgresql.describe import enrich, is_ours
 from cdc.wire import pgoutput
 from shippers.postgresql import image
 from shippers.postgresql.assemble import RUN_BYTES, Assembler
@@ -123,8 +123,9 @@ class LogicalShipper:
         prefix = assembler.prefix
         with translated():
             while True:
-                size, frame = get(1)
+                size, data = get(1)
                 if size > 0:
+                    frame = bytes(data)
                     if frame[prefix] in known:
                         frames.append(frame)
                         room -= size
@@ -155,9 +156,9 @@ class LogicalShipper:
     def _readable(self, wait_s: float) -> bool:
         return bool(self._poll.poll(wait_s * 1000))
 
-    def _keepalive(self, frame: bytes | memoryview) -> None:
+    def _keepalive(self, frame: bytes) -> None:
         assert self._assembler is not None  # noqa: S101
-        end_lsn, _, reply_requested = pgoutput.decode_keepalive(bytes(frame))
+        end_lsn, _, reply_requested = pgoutput.decode_keepalive(frame)
         self._assembler.idle_at(end_lsn)
         if reply_requested:
             self._send_status()
@@ -186,8 +187,9 @@ class LogicalShipper:
             self._replication.pgconn.flush()
         self._status_due = time.monotonic() + STATUS_INTERVAL_S
 
-    def _describe(self, message: pgoutput.RelationMessage) -> Relation:
-        return enrich(self._catalog, _relation(message))
+    def _describe(self, message: pgoutput.RelationMessage) -> Relation | None:
+        relation = _relation(message)
+        return None if is_ours(relation) else enrich(self._catalog, relation)
 
     def _start(self, lsn: int, *, two_phase: bool) -> None:
         command = start_command(self._options, lsn, self._catalog.info.server_version, two_phase=two_phase)

@@ -17,8 +17,13 @@ from cdc.stores.postgresql.connect import Connection, fetch
 FIRST_UNSTABLE_OID: Final = 10_000
 
 
+def is_ours(relation: Relation) -> bool:
+    """Is it where a follower keeps its checkpoint? A leader that is itself a follower publishes it, to no use."""
+    return relation.schema == "cdc" and relation.name in {"checkpoint", "relation"}
+
+
 def describe(connection: Connection, *, publication: str) -> list[Relation]:
-    """Every table of a publication as pgoutput tells of it, by schema and name.
+    """Every table of a publication as pgoutput tells of it, by schema and name; :func:`is_ours` are left out.
 
     Column lists count; generated columns are there where the publication says ``publish_generated_columns = stored``
     (18 and later); partitions stand for themselves, or their root for them (``publish_via_partition_root``). A row
@@ -28,7 +33,8 @@ def describe(connection: Connection, *, publication: str) -> list[Relation]:
     :raises ConfigurationError: there is no such publication.
     """
     _must_exist(connection, publication)
-    return _relations(connection, _PUBLISHED, {"publication": publication})
+    published = _relations(connection, _PUBLISHED, {"publication": publication})
+    return [relation for relation in published if not is_ours(relation)]
 
 
 def describe_tables(connection: Connection, oids: Iterable[int]) -> list[Relation]:

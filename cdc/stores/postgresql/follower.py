@@ -7,6 +7,7 @@ after the other, so that neither way looks into a value.
 """
 
 import json
+import re
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ _COPY_TAIL: Final = b"\xff\xff"
 _ARRAY: Final = struct.Struct(">iiIii")
 _LENGTH: Final = struct.Struct(">I")
 _LOAD_ROWS: Final = 10_000
+_UNKNOWN_LABEL: Final = re.compile(r'invalid input value for enum (.+): "(.*)".*', re.DOTALL)
+_LABELS: Final = "SELECT enumlabel FROM pg_enum WHERE enumtypid = to_regtype($1)"
 
 # pgoutput is decoded as UTF-8, and constraints between tables were the leader's to check.
 _SESSION: Final = "SET session_replication_role = replica"
@@ -88,7 +91,7 @@ def connect_follower(url: str) -> "PostgresFollower":
                 f"the follower's encoding is {connection.info.parameter_status('server_encoding')}, not UTF8",
                 remedy="create the follower database with ENCODING 'UTF8' TEMPLATE template0",
             )
-        follower = PostgresFollower(connection)
+        follower = PostgresFollower(connection, url)
         follower.prepare_session()
     except BaseException:
         connection.close()
@@ -101,8 +104,9 @@ class PostgresFollower:
 
     dialect: ClassVar[str] = "postgresql"
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, url: str) -> None:
         self._connection = connection
+        self._url = url
         self._wire = connection.pgconn
         self._wire.nonblocking = 0
         self._targets: dict[tuple[str, str], dict[str, _Target]] = {}
@@ -226,22 +230,57 @@ class PostgresFollower:
         self._forget(relation)
 
     def _create_type(self, description: TypeDescription, types: Mapping[int, TypeDescription]) -> None:
+        """Have the type, and what it is made of."""
         name = qualified(description.schema, description.name)
-        if self._values("SELECT to_regtype($1)", name)[0][0] is not None or description.kind == "array":
+        base = types.get(description.base)
+        if base is not None:
+            self._create_type(base, types)
+        if self._values("SELECT to_regtype($1)", name)[0][0] is not None:
+            if description.kind == "enum":
+                self._add_labels(name, description.labels)
             return
         self._run(f"CREATE SCHEMA IF NOT EXISTS {identifier(description.schema)}")
         if description.kind == "enum":
             self._run(f"CREATE TYPE {name} AS ENUM ({', '.join(map(literal, description.labels))})")
         elif description.kind == "domain":
-            base = types.get(description.base)
-            if base is not None:
-                self._create_type(base, types)
             self._run(f"CREATE DOMAIN {name} AS {type_sql(description.base, -1, types)}")
-        elif description.kind != "multirange":  # which comes with its range
+        elif description.kind == "range":
+            self._create_range(name, description, types)
+        elif description.kind not in {"array", "multirange"}:  # which come with what they are made of
             raise SchemaError(
                 f"the follower has no type {name}, and the log does not tell how to make it",
                 remedy=f"create {description.kind} type {name} on the follower as it is on the leader",
             )
+
+    def _create_range(self, name: str, description: TypeDescription, types: Mapping[int, TypeDescription]) -> None:
+        """The leader's values come in canonical form: the range needs no function of its own for that."""
+        many = [each for each in types.values() if each.kind == "multirange" and each.base == description.oid]
+        options = [f"SUBTYPE = {type_sql(description.base, -1, types)}"]
+        options += [f"MULTIRANGE_TYPE_NAME = {qualified(each.schema, each.name)}" for each in many]
+        self._run(f"CREATE TYPE {name} AS RANGE ({', '.join(options)})")
+
+    def _add_labels(self, name: str, labels: Sequence[str]) -> None:
+        """Labels that the leader has and we lack, in the leader's order."""
+        there = {label for (label,) in self._values(_LABELS, name)}
+        for index, label in enumerate(labels):
+            if label in there:
+                continue
+            place = f" AFTER {literal(labels[index - 1])}" if index else ""
+            place = place or next((f" BEFORE {literal(other)}" for other in labels if other in there), "")
+            self._run_apart(name, f"ALTER TYPE {name} ADD VALUE {literal(label)}{place}")
+            there.add(label)
+
+    def _run_apart(self, name: str, statement: str) -> None:
+        """Run what a transaction cannot both do and use in a session of its own, unless the type itself is new here.
+
+        https://www.postgresql.org/docs/current/sql-altertype.html, "Notes"
+        """
+        with connect(self._url, application_name="cdc apply") as apart, translated():
+            row = apart.execute("SELECT to_regtype(%s) IS NOT NULL", [name]).fetchone()
+            if row is not None and row[0]:
+                apart.execute(statement.encode())
+                return
+        self._run(statement)
 
     def evolve(self, relation: Relation, change: SchemaChange) -> None:
         if isinstance(change, RenameTable):
@@ -292,6 +331,8 @@ class PostgresFollower:
             self._create_type(description, types)
         name = identifier(change.new.name)
         sql = type_sql(change.new.type_oid, change.new.modifier, types)
+        if sql == target.sql:
+            return  # no other type: one with more labels
         try:
             self._alter(relation, f"ALTER COLUMN {name} TYPE {sql}")
         except CdcError as error:
@@ -486,8 +527,16 @@ class PostgresFollower:
                 f"the follower went away: {self._wire.error_message.decode(errors='replace').strip()}"
             )
         if result.status in {pq.ExecStatus.FATAL_ERROR, pq.ExecStatus.BAD_RESPONSE}:
-            raise translate(error_from_result(result))
+            raise _explained(translate(error_from_result(result)))
         return result
+
+
+def _explained(error: CdcError) -> CdcError:
+    """The log does not tell of labels an enum got, unless its table's description comes anew."""
+    match = _UNKNOWN_LABEL.fullmatch(str(error))
+    if match is not None:
+        error.remedy = f"ALTER TYPE {match[1]} ADD VALUE {literal(match[2])}"
+    return error
 
 
 def _name(relation: Relation) -> str:

@@ -367,7 +367,11 @@ def _leader_slot(leader: _Leader) -> Iterator[Finding]:
 
 
 _PUBLISHED_LATER: Final[LiteralString] = """
-    SELECT age(p.xmin) < age(s.catalog_xmin) AND age(p.xmin) >= 0 AS yes
+    -- A slot made beside an older one begins with that one's horizon, which then says nothing of this one's age.
+    SELECT age(p.xmin) < age(s.catalog_xmin) AND age(p.xmin) >= 0 AND NOT EXISTS (
+               SELECT FROM pg_replication_slots o
+               WHERE o.slot_name <> s.slot_name AND age(o.catalog_xmin) >= age(s.catalog_xmin)
+           ) AS yes
     FROM pg_publication p, pg_replication_slots s WHERE p.pubname = %s AND s.slot_name = %s
 """
 
