@@ -46,6 +46,12 @@ class Identity:
             raise NotASetError
         return key  # type: ignore[return-value]
 
+    def kept(self, after: Row, before: Row) -> Row:
+        """``after``, whose key did not change where it is not there."""
+        if UNCHANGED not in after:
+            return after
+        return tuple([before[n] if v is UNCHANGED and n in self.columns else v for n, v in enumerate(after)])
+
 
 def identity(relation: Relation) -> Identity:
     """How rows of ``relation`` are found: by its replica identity, or by the primary key where the identity is full.
@@ -53,8 +59,10 @@ def identity(relation: Relation) -> Identity:
     https://www.postgresql.org/docs/current/logical-replication-publication.html#LOGICAL-REPLICATION-PUBLICATION-REPLICA-IDENTITY
     """
     names = [column.name for column in relation.columns]
-    if relation.primary_key and (relation.identity == "f" or not any(column.key for column in relation.columns)):
-        return Identity(tuple(names.index(name) for name in relation.primary_key if name in names), True)
+    keyed = relation.identity != "f" and any(column.key for column in relation.columns)
+    # A column list may leave out a part of the primary key: what is left of it is no key.
+    if relation.primary_key and not keyed and set(relation.primary_key) <= set(names):
+        return Identity(tuple(names.index(name) for name in relation.primary_key), True)
     columns = tuple(index for index, column in enumerate(relation.columns) if column.key)
     if relation.identity == "f" or not columns:
         return Identity(tuple(range(len(names))), False)
@@ -85,8 +93,8 @@ class TableChanges:
             raise NotASetError
         self._turn()
         key = self.identity.of(after if before is None else before)
-        if full and before is not None:
-            after = filled(after, before)
+        if before is not None:
+            after = filled(after, before) if full else self.identity.kept(after, before)
         if before is not None and self.identity.of(after) != key:
             self._move(key, after)
             return

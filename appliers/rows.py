@@ -5,7 +5,7 @@ a row that is not there) the follower goes back to the batch's beginning and tak
 leader's order, to come through as the leader did or to stop at the very change that does not fit.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Final, NamedTuple
@@ -16,10 +16,14 @@ from cdc.ports import Follower
 from cdc.position import Position, format_lsn
 from cdc.record import NULL, UNCHANGED, Absent, Batch, Checkpoint, Kind, Relation, Row, RowSet, TransactionHead
 from cdc.sql.evolve import changes
-from cdc.wire import pgoutput
+from cdc.wire import copy, pgoutput
 from cdc.wire.oids import type_sql
 from cdc.wire.values import text_reader
 
+_INSERT: Final = ord("I")
+_BULK_MIN: Final = 64  # inserts in a row that are worth a COPY of their own
+_COPY_HEAD: Final = copy.SIGNATURE + bytes(8)
+_COPY_TAIL: Final = b"\xff\xff"
 _SHOWN: Final = 80  # characters of a value in a message
 
 
@@ -152,7 +156,7 @@ class RowsApplier:
     # The log.
 
     def _apply_log(self, log: "_Log") -> None:
-        plan: list[_Write | _Truncate] | None
+        plan: list[_Write | _Load | _Truncate] | None
         try:
             plan = _Sets(self._follower, self._prepare, self._windows).plan(log)
         except NotASetError:
@@ -160,7 +164,7 @@ class RowsApplier:
         self._settle()
         self._writing = self._writer.submit(self._write, log, plan)
 
-    def _write(self, log: "_Log", plan: "list[_Write | _Truncate] | None") -> None:
+    def _write(self, log: "_Log", plan: "list[_Write | _Load | _Truncate] | None") -> None:
         """Write the plan, or where it does not fit, or there is none, step by step."""
         try:
             if plan is None or not self._write_sets(plan):
@@ -171,7 +175,7 @@ class RowsApplier:
             located.located = True
             raise located from error
 
-    def _write_sets(self, plan: "list[_Write | _Truncate]") -> bool:
+    def _write_sets(self, plan: "list[_Write | _Load | _Truncate]") -> bool:
         """:returns: False where the sets do not fit; the follower is then as it was before."""
         try:
             self._follower.savepoint()
@@ -194,13 +198,21 @@ class _Write(NamedTuple):
     tolerant: bool
 
 
+class _Load(NamedTuple):
+    """A run of inserts as COPY data."""
+
+    relation: Relation
+    body: bytes
+    rows: int
+
+
 class _Truncate(NamedTuple):
     relations: list[Relation]
     cascade: bool
     restart_identity: bool
 
 
-def _write(follower: Follower, plan: Iterable[_Write | _Truncate]) -> None:
+def _write(follower: Follower, plan: Iterable[_Write | _Load | _Truncate]) -> None:
     """Write a plan out.
 
     :raises ConflictError: a row is there that should not be, or the other way round.
@@ -208,6 +220,9 @@ def _write(follower: Follower, plan: Iterable[_Write | _Truncate]) -> None:
     for step in plan:
         if isinstance(step, _Truncate):
             follower.truncate(step.relations, cascade=step.cascade, restart_identity=step.restart_identity)
+            continue
+        if isinstance(step, _Load):
+            follower.load(step.relation, step.body, "binary")
             continue
         wanted = len(step.rows.rows if step.operation == "I" else step.rows.matches)
         changed = _write_rows(follower, step.operation, step.rows, replace=step.tolerant)
@@ -233,27 +248,27 @@ class _Log:
         self._until_lsn = until.lsn if until is not None else 1 << 64
         self.relations = {relation.id: relation for relation in batch.relations}
 
-    def transactions(self) -> Iterator[tuple[TransactionHead, Iterator[bytes]]]:
+    def transactions(self) -> Iterator[tuple[TransactionHead, int, Sequence[int]]]:
+        """Each with the offset of its first message and the lengths of all of them."""
         batch = self.batch
         first = at = 0
         for head in batch.transactions:
             lengths = batch.lengths[first : first + head.messages]
             first += head.messages
-            size = sum(lengths)
             if self._after_lsn < head.lsn <= self._until_lsn:
-                yield head, _messages(batch.body, at, lengths)
-            at += size
+                yield head, at, lengths
+            at += sum(lengths)
+
+    def messages(self) -> Iterator[tuple[TransactionHead, bytes]]:
+        for head, at, lengths in self.transactions():
+            for length in lengths:
+                yield head, self.batch.body[at : (at := at + length)]
 
     def relation(self, relation_id: int) -> Relation:
         try:
             return self.relations[relation_id]
         except KeyError:
             raise DecodeError(f"a change names relation {relation_id}, which its batch does not describe") from None
-
-
-def _messages(body: bytes, at: int, lengths: Iterable[int]) -> Iterator[bytes]:
-    for length in lengths:
-        yield body[at : (at := at + length)]
 
 
 class _Tables:
@@ -287,36 +302,63 @@ class _Tables:
 class _Sets(_Tables):
     """Plans a batch as net effects; what is pending for a table is planned before anything that must follow it."""
 
-    def plan(self, log: _Log) -> list[_Write | _Truncate]:
+    def plan(self, log: _Log) -> list[_Write | _Load | _Truncate]:
         """
         :raises NotASetError: take it in steps.
         """
         self._tables: dict[bytes, TableChanges] = {}
-        self._plan: list[_Write | _Truncate] = []
-        for head, messages in log.transactions():
-            self._transaction(log, head, messages)
+        self._plan: list[_Write | _Load | _Truncate] = []
+        for head, at, lengths in log.transactions():
+            self._transaction(log, head, at, lengths)
         self._settle_all()
         return self._plan
 
-    def _transaction(self, log: _Log, head: TransactionHead, messages: Iterator[bytes]) -> None:
+    def _transaction(self, log: _Log, head: TransactionHead, at: int, lengths: Sequence[int]) -> None:
+        body = log.batch.body
         tables = self._tables
-        windows = self._windows
-        for message in messages:
-            opcode = message[0]
-            if opcode == 0x49:  # I
-                table = tables.get(message[1:5])
-                if table is not None and not windows:
-                    row, forms, _ = pgoutput.read_tuple(message, 6)
-                    if len(row) != table.width:
-                        raise _misfit(table.relation, len(row))
-                    if b"t" in forms:
-                        self._note(table, forms)
-                    table.insert(tuple(row))
+        simple = not self._windows
+        bulk = self._follower.bulk and simple
+        number = 0
+        while number < len(lengths):
+            end = at + lengths[number]
+            opcode = body[at]
+            if opcode == _INSERT and bulk and len(lengths) - number >= _BULK_MIN:
+                done, after = self._bulk(log, at, lengths, number)
+                if done:
+                    number, at = number + done, after
                     continue
-            elif opcode not in b"UD":
-                self._truncate(log, head, message)
-                continue
-            self._change(log, head, message)
+                bulk = False  # this transaction is not of that kind
+            table = tables.get(body[at + 1 : at + 5])
+            if opcode == _INSERT and table is not None and simple:
+                row, forms, _ = pgoutput.read_tuple(body[at:end], 6)
+                if len(row) != table.width:
+                    raise _misfit(table.relation, len(row))
+                if b"t" in forms:
+                    self._note(table, forms)
+                table.insert(tuple(row))
+            elif opcode in b"IUD":
+                self._change(log, head, body[at:end])
+            else:
+                self._truncate(log, head, body[at:end])
+            number, at = number + 1, end
+
+    def _bulk(self, log: _Log, at: int, lengths: Sequence[int], number: int) -> tuple[int, int]:
+        """Take a long run of inserts as COPY data; nothing where the run is short."""
+        body = log.batch.body
+        far = at + sum(lengths[number : number + _BULK_MIN - 1])
+        if body[far : far + 8] != body[at : at + 8]:
+            return 0, at
+        relation = log.relation(int.from_bytes(body[at + 1 : at + 5]))
+        self._prepare(relation)
+        table = self._tables.setdefault(body[at + 1 : at + 5], TableChanges(relation))
+        if int.from_bytes(body[at + 6 : at + 8]) != table.width:
+            raise _misfit(relation, int.from_bytes(body[at + 6 : at + 8]))
+        rows: list[bytes] = []
+        done, after = pgoutput.copy_inserts(body, at, lengths, number, rows)
+        if done:
+            self._settle(table)
+            self._plan.append(_Load(relation, b"".join([_COPY_HEAD, *rows, _COPY_TAIL]), done))
+        return done, after
 
     def _change(self, log: _Log, head: TransactionHead, message: bytes) -> None:
         change = pgoutput.decode_change(message)
@@ -376,12 +418,11 @@ class _Steps(_Tables):
     """Takes a batch change by change, in the leader's order."""
 
     def take(self, log: _Log) -> None:
-        for head, messages in log.transactions():
-            for message in messages:
-                if message[0] in b"IUD":
-                    self._step(log, head, pgoutput.decode_change(message))
-                elif isinstance(decoded := pgoutput.decode(message), pgoutput.Truncate):
-                    _write(self._follower, [self._truncated(log, decoded, head.lsn)])
+        for head, message in log.messages():
+            if message[0] in b"IUD":
+                self._step(log, head, pgoutput.decode_change(message))
+            elif isinstance(decoded := pgoutput.decode(message), pgoutput.Truncate):
+                _write(self._follower, [self._truncated(log, decoded, head.lsn)])
 
     def _step(self, log: _Log, head: TransactionHead, change: pgoutput.Change) -> None:
         if not self._wanted(change.relation_id, head.lsn):

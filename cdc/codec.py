@@ -74,7 +74,7 @@ def _column_json(column: Column) -> dict[str, Any]:
 def relation_from_json(value: Mapping[str, Any]) -> Relation:
     """The inverse of :func:`relation_json`.
 
-    :raises KeyError, TypeError, ValueError: the value is not of that shape.
+    :raises KeyError, TypeError, ValueError, OverflowError: the value is not of that shape.
     """
     return Relation(
         int(value["id"]),
@@ -88,8 +88,8 @@ def relation_from_json(value: Mapping[str, Any]) -> Relation:
                 int(c.get("modifier", -1)),
                 bool(c.get("key", False)),
                 bool(c.get("not_null", False)),
-                c.get("number"),
-                c.get("missing"),
+                None if c.get("number") is None else int(c["number"]),
+                None if c.get("missing") is None else str(c["missing"]),
             )
             for c in value["columns"]
         ),
@@ -154,7 +154,7 @@ class EnvelopeCodec:
             return _batch(header, relations, body, at)
         except DecodeError:
             raise
-        except (KeyError, TypeError, ValueError, AttributeError, UnicodeError, RecursionError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise DecodeError(f"batch header is not one of ours: {error!r}") from error
 
 
@@ -223,9 +223,18 @@ def _batch(header_text: bytes, relations: bytes, body: bytes, at: int) -> Batch:
         lengths=lengths,
         body=body[at:],
         fragment=None if fragment is None else Fragment(int(fragment[0]), bool(fragment[1])),
-        image=None if image is None else ImageHead(**{k: image[k] for k in ImageHead._fields if k in image}),
+        image=None if image is None else _image(image),
         plan=tuple(ChunkPlan(int(r), tuple(tuple(map(str, b)) for b in bs)) for r, bs in header.get("plan", ())),
     )
+
+
+def _image(value: Mapping[str, Any]) -> ImageHead:
+    form = value.get("form", "binary")
+    if form not in ("binary", "text"):
+        raise DecodeError(f"image of an unknown form {form!r}")
+    place = (int(value[name]) for name in ("sequence", "lsn"))
+    optional = (int(value.get(name, 0)) for name in ("chunk", "relation_id", "rows"))
+    return ImageHead(str(value["id"]), *place, *optional, form)
 
 
 def _position(source: str, pair: list[int]) -> Position:

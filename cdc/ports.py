@@ -136,7 +136,7 @@ class Applier(Protocol):
 
         Only transactions with ``after < position <= until`` take effect.
 
-        :raises ConflictError, SchemaError: a change does not fit; the follower's open transaction is of no use any more.
+        :raises ConflictError, SchemaError: a change does not fit; the open transaction is of no use any more.
         """
         ...
 
@@ -194,6 +194,7 @@ class Follower(Protocol):
     """
 
     dialect: ClassVar[str]  # "postgresql", "sqlite", "duckdb": also the entry point's name
+    bulk: ClassVar[bool]  # takes COPY data faster than rows
 
     def begin(self) -> None: ...
 

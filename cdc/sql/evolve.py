@@ -4,6 +4,8 @@ PostgreSQL's log tells names, types and order of columns, not what was done to t
 both sides, tell exactly: a number never comes back. Without them only the cases that have one reading are read.
 """
 
+from collections.abc import Iterator
+
 from cdc.errors import SchemaError
 from cdc.ports import AddColumn, ChangeType, DropColumn, RenameColumn, RenameTable, SchemaChange
 from cdc.record import Column, Relation
@@ -12,7 +14,8 @@ from cdc.record import Column, Relation
 def changes(old: Relation, new: Relation) -> list[SchemaChange]:
     """The changes that turn ``old`` into ``new``, in an order in which they can be made.
 
-    Of columns only name and type count: identity, NOT NULL and numbers may differ without anything to do.
+    Of columns only name and type count: identity, NOT NULL and numbers may differ without anything to do. Where one of
+    the leader's own types became another, its columns change to the type they have.
 
     :raises SchemaError: a column may have been renamed, or dropped and another added: the log does not tell.
     """
@@ -23,11 +26,12 @@ def changes(old: Relation, new: Relation) -> list[SchemaChange]:
     kept = {before.name for before, _ in pairs}
     arrived = {after.name for _, after in pairs}
     found += [DropColumn(column.name) for column in old.columns if column.name not in kept]
-    found += [RenameColumn(before.name, after.name) for before, after in pairs if before.name != after.name]
+    found += _renames({before.name: after.name for before, after in pairs if before.name != after.name})
+    redefined = _redefined(old, new)
     found += [
         ChangeType(before, after)
         for before, after in pairs
-        if (before.type_oid, before.modifier) != (after.type_oid, after.modifier)
+        if (before.type_oid, before.modifier) != (after.type_oid, after.modifier) or after.type_oid in redefined
     ]
     found += [AddColumn(column) for column in new.columns if column.name not in arrived]
     return found
@@ -50,6 +54,28 @@ def _paired(old: Relation, new: Relation) -> list[tuple[Column, Column]]:
             "with `--schema-changed`",
         )
     return pairs
+
+
+def _renames(names: dict[str, str]) -> Iterator[RenameColumn]:
+    """In an order in which no name is taken yet; columns that trade names go round by a third."""
+    while names:
+        free = next((old for old, new in names.items() if new not in names), None)
+        if free is not None:
+            yield RenameColumn(free, names.pop(free))
+            continue
+        old = next(iter(names))
+        interim = f"cdc_renamed_{len(names)}"
+        yield RenameColumn(old, interim)
+        names[interim] = names.pop(old)
+
+
+def _redefined(old: Relation, new: Relation) -> set[int]:
+    """The types of which a part is described differently now."""
+    before = {each.oid: each for each in old.types}
+    found = {each.oid for each in new.types if before.get(each.oid, each) != each}
+    while more := {each.oid for each in new.types if each.base in found} - found:
+        found |= more
+    return found
 
 
 def _numbered(relation: Relation) -> bool:

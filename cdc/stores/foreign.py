@@ -111,6 +111,7 @@ class ForeignFollower(ABC):
     """The part of a :class:`~cdc.ports.Follower` that one SQL text serves for every engine."""
 
     dialect: ClassVar[str]
+    bulk: ClassVar[bool] = False
     checkpoint_table: str
     relation_table: str
 

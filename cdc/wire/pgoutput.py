@@ -10,9 +10,9 @@ decoder allocates in proportion to the bytes it was given, whatever lengths they
 1970-01-01 UTC, LSNs are plain integers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from itertools import repeat
+from itertools import islice, repeat
 from struct import Struct
 from struct import error as StructError  # noqa: N812
 from typing import Final, Literal, NamedTuple, cast
@@ -256,6 +256,7 @@ _BEFORE_KINDS: Final[dict[int, BeforeKind]] = {ord("K"): "K", ord("O"): "O"}
 _BINARY, _NULL, _UNCHANGED = b"bnu"
 
 _length = Struct(">I").unpack_from
+_kind_and_length = Struct(">BI").unpack_from
 _relation_and_image = Struct(">IB").unpack_from
 
 
@@ -308,6 +309,41 @@ def _read_mixed(message: bytes, at: int, count: int, values: list[Value]) -> tup
     if at > len(message):
         raise _malformed(message, at, "the last value reaches past the end")
     return values, bytes(forms), at
+
+
+def copy_inserts(body: bytes, at: int, lengths: Sequence[int], first: int, rows: list[bytes]) -> tuple[int, int]:
+    """Turn consecutive Inserts into one relation into rows of binary COPY data, without a look at their values.
+
+    ``body`` holds the messages end to end, ``lengths`` their lengths; the ``first``-th begins at ``at``. Stops before a
+    message that is no Insert into the same relation with as many columns, or that holds text. Appends to ``rows`` the
+    pieces, to be joined, and returns how many messages they are and the offset after them. A malformed message stops it
+    too: :func:`decode_change` tells what is wrong with it.
+    """
+    prefix = body[at : at + 8]  # opcode, relation id, "N", number of columns
+    count, columns = prefix[6:], range(int.from_bytes(prefix[6:]))
+    padded = body + bytes(4)  # so that a kind and a length can be read at once at the very end
+    done = 0
+    for length in islice(lengths, first, None):
+        end = at + length
+        mark = len(rows)
+        rows.append(count)
+        place = at + 8
+        for _ in columns:
+            kind, size = _kind_and_length(padded, place) if place < end else (0, 0)
+            if kind == _BINARY:
+                rows.append(body[place + 1 : (place := place + 5 + size)])
+            elif kind == _NULL:
+                rows.append(NULL)
+                place += 1
+            else:
+                place = -1
+                break
+        if place != end or body[at : at + 8] != prefix:
+            del rows[mark:]
+            break
+        at = end
+        done += 1
+    return done, at
 
 
 def decode_change(message: bytes) -> Change:

@@ -103,6 +103,7 @@ class PostgresFollower:
     """A :class:`cdc.ports.Follower`."""
 
     dialect: ClassVar[str] = "postgresql"
+    bulk: ClassVar[bool] = True
 
     def __init__(self, connection: Connection, url: str) -> None:
         self._connection = connection
@@ -325,13 +326,13 @@ class PostgresFollower:
     def _change_type(self, relation: Relation, change: ChangeType) -> None:
         types = _types(relation)
         target = self._look(relation).get(change.new.name)
-        if target is None or target.sql != type_sql(change.old.type_oid, change.old.modifier, types):
+        if target is None or not self._is(target, change.old, types):
             return  # the follower has a type of its own choice there
         for description in relation.types:
             self._create_type(description, types)
         name = identifier(change.new.name)
         sql = type_sql(change.new.type_oid, change.new.modifier, types)
-        if sql == target.sql:
+        if self._is(target, change.new, types):
             return  # no other type: one with more labels
         try:
             self._alter(relation, f"ALTER COLUMN {name} TYPE {sql}")
@@ -340,6 +341,15 @@ class PostgresFollower:
                 f"column {change.new.name!r} of {relation.label} became {sql}, which does not follow: {error}",
                 remedy=f"as on the leader: ALTER TABLE {_name(relation)} ALTER COLUMN {name} TYPE {sql} USING …",
             ) from error
+
+    def _is(self, target: _Target, column: Column, types: Mapping[int, TypeDescription]) -> bool:
+        """Is our column of the leader's type? Of one that the leader no longer describes we do not know otherwise."""
+        if column.type_oid >= FIRST_UNSTABLE_OID:
+            if column.type_oid not in types:
+                return True
+            sql = type_sql(column.type_oid, -1, types)
+            return self._values("SELECT to_regtype($1)::oid", sql)[0][0] == str(target.type_oid)
+        return target.sql == type_sql(column.type_oid, column.modifier, types)
 
     def _alter(self, relation: Relation, action: str) -> None:
         self._run(f"ALTER TABLE {_name(relation)} {action}")

@@ -299,4 +299,5 @@ _PYTHON_OF_TEXT: Final[Mapping[int, Callable[[bytes], PythonValue]]] = {
     oids.FLOAT4: _float_of_text,
     oids.FLOAT8: _float_of_text,
     oids.BYTEA: _bytes_of_text,
+    oids.MONEY: numbers.money_of_text,
 }

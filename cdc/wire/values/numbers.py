@@ -37,6 +37,11 @@ def boolean_text(data: bytes) -> str:
     return "t" if boolean(data) else "f"
 
 
+def money_of_text(data: bytes) -> str:
+    """The same number, from the text that a server prints under ``lc_monetary = 'C'``: ``-$1,234.50``."""
+    return data.decode("ascii").replace("$", "").replace(",", "")
+
+
 def money(data: bytes) -> str:
     """As a number with two digits, which money's input takes; its own output depends on the server's lc_monetary."""
     cents: int = INT8.unpack(data)[0]
