@@ -2,12 +2,18 @@
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
 
 import pytest
 
+from cdc.brokers import embedded, kafka
 from cdc.errors import GapError, UsageError
 from cdc.ports import Broker
 from tests.fix_broker import BrokerFactory
+
+pytest_plugins = ["tests.fix_kafka"]
 
 PLENTY = 1 << 30
 HOSTILE_NAMES = [
@@ -30,6 +36,17 @@ HOSTILE_NAMES = [
     "x" * 249,
     "-wal",
 ]
+
+
+@pytest.fixture(params=["embedded", "kafka"])
+def open_broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[BrokerFactory]:
+    """``open_broker()`` opens one more connection to the same, at first empty, broker."""
+    with ExitStack() as stack:
+        if request.param == "kafka":
+            url: str = request.getfixturevalue("kafka_url")
+            yield lambda: stack.enter_context(closing(kafka.connect(url)))
+        else:
+            yield lambda: stack.enter_context(closing(embedded.connect((tmp_path / "log").as_uri())))
 
 
 def read_all(broker: Broker, topic: str, offset: int = 0) -> list[tuple[int, bytes]]:

@@ -1,0 +1,380 @@
+"""Rebuilds a follower from Debezium's topics: ours, or those of Debezium itself.
+
+Where the transaction topic is there, a transaction of the leader is a transaction of the follower. Elsewhere each key
+comes to its last state, in the order of its partition. Either way a row is overwritten by its key or deleted by it, so
+that events told twice change nothing in the end; and where each partition is to be read on is kept in the follower, in
+the same commit: a checkpoint for each, under the name ``<stream> <topic>[<partition>]``.
+
+Key by key one thing cannot be told: whether an update that leaves out unchanged values and finds no row was
+told again, after the row was deleted, or misses a row that should be there. It is taken for the first.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Final
+
+from cdc.debezium.assemble import Assembler, Unit
+from cdc.debezium.decode import Decoder, Event, Table
+from cdc.debezium.schema import Modes
+from cdc.errors import ConflictError, GapError, SchemaError
+from cdc.events import EventBroker, Place, StoredEvent
+from cdc.ports import Follower
+from cdc.position import Position
+from cdc.record import UNCHANGED, Checkpoint, Relation, Row, RowSet
+
+_FETCH_BYTES: Final = 4 << 20
+_NOT_DATA: Final = (".cdc", ".message")
+_TRANSACTIONS: Final = ".transaction"
+_ROWS_MAX: Final = 5_000  # of one table in one statement
+_STUCK_S: Final = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class EventApplyOptions:
+    """``stream`` names what was applied, in the follower. ``until_end``: stop at what the topics hold at start.
+
+    ``transactions``: keep together what a transaction block says belongs together; False applies key by key.
+    ``stuck_s``: how long a transaction may lack its end, or events that its end has counted.
+    """
+
+    stream: str
+    prefix: str
+    modes: Modes = field(default_factory=Modes)
+    until_end: bool = False
+    transactions: bool = True
+    stuck_s: float = _STUCK_S
+    limit_bytes: int = 256 << 20
+
+
+def apply_events(
+    broker: EventBroker,
+    follower: Follower,
+    options: EventApplyOptions,
+    *,
+    stop: threading.Event,
+    progressed: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Apply until told to stop, or until the end. ``progressed`` hears how many events each commit held.
+
+    :raises GapError: records are missing: retention has passed, or a transaction lacks events.
+    :raises CdcError: as the broker and the follower do; the follower is then at its last commit.
+    """
+    with closing(follower):
+        _Apply(broker, follower, options, progressed).run(stop)
+
+
+class _Apply:
+    """One attempt."""
+
+    def __init__(
+        self, broker: EventBroker, follower: Follower, options: EventApplyOptions, progressed: Callable[[int], None]
+    ) -> None:
+        self._broker = broker
+        self._follower = follower
+        self._options = options
+        self._progressed = progressed
+        self._decoder = Decoder()
+        self._writer = EventWriter(follower, options.stream, options.modes)
+        self._offsets: dict[Place, int] = {}
+        self._read: dict[Place, int] = {}
+        self._positions: dict[Place, Position] = {}
+        self._epochs: dict[Place, int] = {}
+        self._applied_lsn = -1
+        self._assembler = Assembler(limit_bytes=options.limit_bytes)
+
+    def run(self, stop: threading.Event) -> None:
+        self._discover()
+        ends = {place: self._broker.bounds(place)[1] for place in self._read} if self._options.until_end else None
+        fed = time.monotonic()
+        while not stop.is_set() and not self._reached(ends):
+            records = self._broker.fetch(self._read, limit_bytes=_FETCH_BYTES, wait_s=0.5)
+            for record in records:
+                self._take(record)
+            if self._apply(self._assembler.units()):
+                fed = time.monotonic()
+            if records:
+                continue
+            self._check(ends is not None, fed)
+            if ends is not None:
+                return  # what is left belongs to a transaction whose end is not told yet
+            self._discover()
+
+    def _reached(self, ends: Mapping[Place, int] | None) -> bool:
+        return ends is not None and all(self._offsets[place] >= end for place, end in ends.items())
+
+    def _check(self, at_end: bool, fed: float) -> None:
+        """Nothing came: is anything amiss?"""
+        lacking = self._assembler.waiting
+        if lacking is None and self._assembler.holds and not at_end:
+            lacking = "the end of a transaction"
+        if lacking is not None and (at_end or time.monotonic() - fed > self._options.stuck_s):
+            raise GapError(
+                f"nothing more came for {lacking}",
+                remedy="let every topic of the prefix be kept and be readable, or apply without transactions",
+            )
+
+    def _discover(self) -> None:
+        """Own every partition there is by now."""
+        prefix = self._options.prefix + "."
+        found = [place for place in self._broker.places() if place.topic.startswith(prefix) and place not in self._read]
+        apart = _NOT_DATA if self._options.transactions else (*_NOT_DATA, _TRANSACTIONS)
+        found = [place for place in found if not place.topic.endswith(apart)]
+        if found:
+            self._follower.begin()
+            for place in found:
+                self._claim(place)
+            self._follower.commit()
+
+    def _claim(self, place: Place) -> None:
+        name = self._name(place)
+        self._epochs[place] = self._follower.claim(name)
+        checkpoint = self._follower.read_checkpoint(name)
+        offset = checkpoint.offset if checkpoint is not None else self._broker.bounds(place)[0]
+        self._offsets[place] = self._read[place] = offset
+        if checkpoint is not None:
+            self._positions[place] = checkpoint.position
+            if place.topic == self._options.prefix + _TRANSACTIONS:
+                self._applied_lsn = self._assembler.applied_lsn = checkpoint.position.lsn
+
+    def _name(self, place: Place) -> str:
+        return f"{self._options.stream} {place}"
+
+    def _take(self, record: StoredEvent) -> None:
+        self._read[record.place] = record.offset + 1
+        item = self._decoder.decode(record)
+        if isinstance(item, Event):
+            self._positions[record.place] = item.position
+            if not self._options.transactions:
+                item = item.alone()
+        self._assembler.add(record.place, record.offset, item, len(record.value or b""))
+
+    def _apply(self, units: Iterator[Unit]) -> bool:
+        """Commit what is complete, about a fetch at a time. Whether anything was."""
+        done = False
+        waiting: list[Unit] = []
+        for unit in units:
+            waiting.append(unit)
+            if sum(len(each.events) for each in waiting) >= _ROWS_MAX:
+                self._commit(waiting)
+                waiting = []
+            done = True
+        if waiting:
+            self._commit(waiting)
+        return done
+
+    def _commit(self, units: list[Unit]) -> None:
+        offsets: dict[Place, int] = {}
+        lsn: int | None = None
+        for unit in units:
+            offsets |= unit.offsets
+            lsn = unit.lsn if unit.lsn is not None else lsn
+        events = [event for unit in units for event in unit.events]
+        self._follower.begin()
+        try:
+            self._writer.write(events)
+            for place, offset in offsets.items():
+                self._checkpoint(place, offset, lsn)
+            self._follower.commit()
+        except BaseException:
+            self._follower.rollback()
+            self._writer.forget()
+            raise
+        self._offsets |= offsets
+        self._applied_lsn = lsn if lsn is not None else self._applied_lsn
+        self._progressed(len(events))
+
+    def _checkpoint(self, place: Place, offset: int, lsn: int | None) -> None:
+        at = self._positions.get(place, Position(self._options.prefix, 1, 0))
+        if place.topic == self._options.prefix + _TRANSACTIONS:
+            at = Position(self._options.prefix, 1, max(lsn if lsn is not None else self._applied_lsn, 0))
+        self._follower.write_checkpoint(self._name(place), Checkpoint(at, offset, self._epochs[place]))
+
+
+class EventWriter:
+    """Writes events into a follower's open transaction."""
+
+    def __init__(self, follower: Follower, stream: str, modes: Modes) -> None:
+        self._follower = follower
+        self._stream = stream
+        self._modes = modes
+        self._tables: dict[str, tuple[object, Table]] = {}
+
+    def forget(self) -> None:
+        """What was learned of the follower may have been rolled back."""
+        self._tables.clear()
+
+    def write(self, events: Iterable[Event]) -> None:
+        """Write the net effect of events, each table's in order.
+
+        :raises ConflictError, SchemaError: a change does not fit the follower.
+        """
+        pending: dict[str, _Net] = {}
+        for event in events:
+            table = self._table(event)
+            net = pending.get(event.label)
+            if net is not None and net.table is not table:
+                self._flush(pending.pop(event.label))
+                net = None
+            if net is None:
+                net = pending[event.label] = _Net(table)
+            if event.op == "t":
+                pending.pop(event.label)
+                self._flush(net)
+                self._follower.truncate([table.relation], cascade=False, restart_identity=False)
+            elif not table.relation.primary_key:
+                pending.pop(event.label)
+                self._write_keyless(table, event)
+            else:
+                net.take(event)
+                if len(net) >= _ROWS_MAX:
+                    self._flush(pending.pop(event.label))
+        for net in pending.values():
+            self._flush(net)
+
+    def _table(self, event: Event) -> Table:
+        # Without a schema the names must do.
+        shape: object = event.fields if event.fields is not None else list(event.after or event.before or ())
+        known = self._tables.get(event.label)
+        if known is not None and (known[0] is shape or known[0] == shape):
+            return known[1]
+        if event.op == "t" and known is not None:
+            return known[1]
+        bare = Relation(0, event.schema, event.table, "d", ())
+        table = Table(event, self._follower.columns(bare), self._modes)
+        declared = self._follower.columns(table.relation)
+        if declared is None:
+            self._follower.create(table.relation)
+            table = Table(event, self._follower.columns(table.relation), self._modes)
+        elif missing := [c.name for c in table.relation.columns if c.name not in declared]:
+            raise SchemaError(
+                f"the follower's table {event.label} has no column {', '.join(map(repr, missing))}",
+                remedy="add it there, with the leader's type",
+            )
+        self._tables[event.label] = shape, table
+        return table
+
+    def _flush(self, net: "_Net") -> None:
+        deletes, updates, upserts = net.sets()
+        if deletes.matches:
+            self._follower.delete(deletes)
+        for update in updates:
+            if self._follower.update(update) != len(update.matches) and not net.tolerant:
+                raise _lacking(net.table.relation)
+        if upserts.rows:
+            self._upsert(net, upserts)
+
+    def _upsert(self, net: "_Net", upserts: RowSet) -> None:
+        """Overwrite; and where rows trade values of another unique column, take all of them out first."""
+        try:
+            self._follower.savepoint()
+        except NotImplementedError:
+            self._follower.insert(upserts, replace=True)
+            return
+        try:
+            self._follower.insert(upserts, replace=True)
+        except ConflictError:
+            self._follower.rollback_to_savepoint()
+            self._follower.delete(net.matching(upserts))
+            self._follower.insert(upserts)
+
+    def _write_keyless(self, table: Table, event: Event) -> None:
+        relation = table.relation
+        if event.xid is None:
+            raise SchemaError(
+                f"table {relation.label} has no key, so events of it that are told twice could not be told apart",
+                remedy="give it a primary key on the leader, or leave it out",
+            )
+        every = tuple(range(len(relation.columns)))
+        rows = RowSet(relation, b"t" * len(every), unique=False)
+        if event.before is not None:
+            rows.match, rows.matches = every, [_whole(table, table.row(event.before))]
+        if event.after is not None:
+            rows.columns, rows.rows = every, [_whole(table, table.row(event.after))]
+        if event.op == "c":
+            self._follower.insert(rows)
+            return
+        if event.before is None:
+            raise SchemaError(
+                f"a change of {relation.label}, which has no key, comes without the old row",
+                remedy=f'ALTER TABLE "{relation.schema}"."{relation.name}" REPLICA IDENTITY FULL, on the leader',
+            )
+        changed = self._follower.update(rows) if event.op == "u" else self._follower.delete(rows)
+        if changed != 1:
+            raise ConflictError(f"a change of {relation.label}, which has no key, finds {changed} rows on the follower")
+
+
+def _lacking(relation: Relation) -> ConflictError:
+    return ConflictError(
+        f"a row of {relation.label} lacks values that did not change, and is not on the follower",
+        remedy="read the topics from their beginning, or set REPLICA IDENTITY FULL on the leader",
+    )
+
+
+def _whole(table: Table, row: Row) -> tuple[bytes, ...]:
+    if UNCHANGED in row:
+        raise SchemaError(f"a row of {table.relation.label}, which has no key, lacks values that did not change")
+    return row  # type: ignore[return-value]
+
+
+class _Net:
+    """The last state of each key of a table that events have touched."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        names = [column.name for column in table.relation.columns]
+        self._key = tuple(names.index(name) for name in table.relation.primary_key)
+        self._rows: dict[tuple[bytes, ...], Row | None] = {}
+        self.tolerant = False
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def take(self, event: Event) -> None:
+        """
+        :raises DecodeError: the event is not of the table's shape.
+        """
+        key = self.table.key(event.key or {})
+        if event.after is None:
+            self._rows[key] = None
+            return
+        row = self.table.row(event.after)
+        if UNCHANGED in row:
+            # Told again after its row was deleted? In a transaction we would know.
+            self.tolerant = self.tolerant or event.xid is None
+            known = self._rows.get(key)
+            if known is not None:
+                row = tuple([old if new is UNCHANGED else new for old, new in zip(known, row, strict=True)])
+            elif key in self._rows:
+                if self.tolerant:
+                    return
+                raise _lacking(self.table.relation)
+        self._rows[key] = row
+
+    def sets(self) -> tuple[RowSet, list[RowSet], RowSet]:
+        """Deletes, updates by the columns they carry, and rows to insert or overwrite."""
+        deletes, upserts = self._set(()), self._set(tuple(range(len(self.table.relation.columns))))
+        updates: dict[tuple[int, ...], RowSet] = {}
+        for key, row in self._rows.items():
+            if row is None:
+                deletes.matches.append(key)
+            elif UNCHANGED not in row:
+                upserts.rows.append(row)  # type: ignore[arg-type]
+            else:
+                columns = tuple(index for index, value in enumerate(row) if value is not UNCHANGED)
+                update = updates.setdefault(columns, self._set(columns))
+                update.matches.append(key)
+                update.rows.append(tuple([row[index] for index in columns]))  # type: ignore[misc]
+        return deletes, list(updates.values()), upserts
+
+    def matching(self, upserts: RowSet) -> RowSet:
+        """What deletes the rows that ``upserts`` overwrites."""
+        deletes = self._set(())
+        deletes.matches = [tuple([row[index] for index in self._key]) for row in upserts.rows]
+        return deletes
+
+    def _set(self, columns: tuple[int, ...]) -> RowSet:
+        relation = self.table.relation
+        return RowSet(relation, b"t" * len(relation.columns), columns, [], self._key, [])
