@@ -85,6 +85,7 @@ class _Hooks(NamedTuple):
     stop: threading.Event
     report: Report
     progressed: Callable[[], None]
+    began_image: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +112,10 @@ def ship(
     :raises CdcError: as the shipper and the broker do, once ``options.retry_s`` seconds of retries brought no progress.
     """
     target: list[Position] = []
+    image: list[Literal["auto", "new", "never"]] = [options.image]
+
+    def began_image() -> None:
+        image[0] = "auto"  # from here on the new image is the one to finish
 
     def attempt(progressed: Callable[[], None]) -> None:
         with closing(open_shipper()) as shipper, closing(open_broker()) as broker:
@@ -118,7 +123,8 @@ def ship(
                 target.append(shipper.end())
             elif not target and isinstance(options.until_lsn, int):
                 target.append(shipper.end().at(options.until_lsn))
-            _Ship(shipper, broker, codec, options, _Hooks(stop, report, progressed)).run(target[0] if target else None)
+            hooks = _Hooks(stop, report, progressed, began_image)
+            _Ship(shipper, broker, codec, replace(options, image=image[0]), hooks).run(target[0] if target else None)
 
     _retrying(attempt, options.retry_s, stop)
 
@@ -236,8 +242,7 @@ class _Ship:
         self._broker = broker
         self._codec = codec
         self._options = options
-        self._stop, self._report, self._progressed = hooks
-        self._imaged = False
+        self._stop, self._report, self._progressed, self.began_image = hooks
 
     def run(self, target: Position | None) -> None:
         position = self._begin()
@@ -418,6 +423,7 @@ class _Image:
         empty = self._ship.batch(Kind.IMAGE_BEGIN, position)
         batch = replace(empty, image=head, relations=relations, plan=plans)
         self._ship.write_image([batch])
+        self._ship.began_image()
         return batch
 
     def _copy_all(self, begin: Batch, todo: list[tuple[Relation, ChunkPlan, int]], total: int) -> bool:
@@ -488,7 +494,7 @@ class _Follow:
         self._applier = applier
         self._codec = codec
         self._options = options
-        self._stop, self._report, self._progressed = hooks
+        self._stop, self._report, self._progressed, _ = hooks
         self._applied = Applied()
         self._committed = Applied()
         self._epoch = 0

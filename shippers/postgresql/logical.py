@@ -25,6 +25,7 @@ from cdc.wire import pgoutput
 from shippers.postgresql import image
 from shippers.postgresql.assemble import RUN_BYTES, Assembler
 
+_ANEW: Final = "run `cdc teardown` and `cdc setup`, then `cdc ship --image new`: followers load that image"
 STATUS_INTERVAL_S: Final = 10.0  # the server's default wal_sender_timeout is 60 s
 _XLOGDATA: Final = ord("w")
 HANDOVER_S: Final = 5.0  # how long a predecessor's half-dead session may hold the slot
@@ -224,7 +225,7 @@ class LogicalShipper:
             ).fetchone()
         if row is None:
             if after is not None:
-                raise GapError(f"slot {name!r} is gone: the leader no longer holds what follows {after}")
+                raise GapError(f"slot {name!r} is gone: the leader no longer holds what follows {after}", remedy=_ANEW)
             raise ConfigurationError(f"slot {name!r} does not exist", remedy="run `cdc setup` on the leader first")
         plugin, here, wal_status, confirmed, two_phase = row
         if plugin != "pgoutput" or not here:
@@ -233,7 +234,7 @@ class LogicalShipper:
                 remedy="name another slot with --slot, or drop that one and run `cdc setup`",
             )
         if wal_status == "lost":
-            raise GapError(f"slot {name!r} is invalidated: the leader forgot what follows {after or confirmed}")
+            raise GapError(f"slot {name!r} is invalidated: what follows {after or confirmed} is gone", remedy=_ANEW)
         if confirmed is None:
             raise ConfigurationError(f"slot {name!r} is not ready yet", remedy="wait until its creation has ended")
         lsn = parse_lsn(confirmed)
