@@ -35,15 +35,16 @@ def main() -> None:
         EmbeddedPostgres(18, settings=settings) as follower,
     ):
         for number in range(arguments.rounds):
-            result = _round(leader, follower, Path(directory), number, arguments.rows, arguments.updates)
+            result = _round((leader, follower), Path(directory), number, arguments.rows, arguments.updates)
             print(json.dumps(result), flush=True)
 
 
 def _round(
-    leader: EmbeddedPostgres, follower: EmbeddedPostgres, directory: Path, number: int, rows: int, updates: int
+    servers: tuple[EmbeddedPostgres, EmbeddedPostgres], directory: Path, number: int, rows: int, updates: int
 ) -> dict[str, float]:
+    leader, follower = servers
     name = f"bench{number}"
-    for server in (leader, follower):
+    for server in servers:
         _sql(server.url(), f"CREATE DATABASE {name}")
     source, target = leader.url(name), follower.url(name)
     topic = f"file://{directory / name}"
@@ -145,7 +146,8 @@ def _updates(url: str, count: int) -> None:
 
 
 def _cdc(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "cdc", *arguments, *(["--quiet"] if arguments[0] != "setup" else [])], check=True)
+    quiet = [] if arguments[0] == "setup" else ["--quiet"]
+    subprocess.run([sys.executable, "-m", "cdc", *arguments, *quiet], check=True)
 
 
 def _sql(url: str, statement: str) -> None:

@@ -6,6 +6,7 @@ https://www.postgresql.org/docs/current/logicaldecoding-explanation.html#LOGICAL
 """
 
 import os
+import select
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -187,35 +188,44 @@ def _beyond(relation: Relation, key: Sequence[str]) -> str:
 
 def _copy_out(connection: Connection, query: str, form: str) -> Iterator[ImageChunk]:
     """Rows in parts of about PART_BYTES, each a complete COPY body."""
-    wire = connection.pgconn
-    result = wire.exec_(f"COPY ({query}) TO STDOUT (FORMAT {form})".encode())
-    if result.status != pq.ExecStatus.COPY_OUT:
-        raise translate(error_from_result(result))
     head, tail = (_HEADER, _TRAILER) if form == "binary" else (b"", b"")
     rows: list[bytes] = []
     size = 0
-    first = True
-    while True:
-        with translated():
-            length, data = wire.get_copy_data(0)
-        if length < 0:
-            break
-        row = bytes(data)
-        if first and form == "binary":
-            # The file header stands before the first row in the same message.
-            row, first = row[len(_HEADER) :], False
-            length = len(row)
-        if row in {b"", _TRAILER} and form == "binary":
-            continue
+    for row in _copy_rows(connection, query, form):
         rows.append(row)
-        size += length
+        size += len(row)
         if size >= PART_BYTES:
             yield ImageChunk(head + b"".join(rows) + tail, len(rows), form)
             rows.clear()
             size = 0
-    result_after = wire.get_result()
-    if result_after is not None and result_after.status != pq.ExecStatus.COMMAND_OK:
-        raise translate(error_from_result(result_after))
-    while wire.get_result() is not None:
-        pass
     yield ImageChunk(head + b"".join(rows) + tail, len(rows), form)
+
+
+def _copy_rows(connection: Connection, query: str, form: str) -> Iterator[bytes]:
+    """The rows of COPY TO, one message each, without the binary form's header and trailer."""
+    wire = connection.pgconn
+    result = wire.exec_(f"COPY ({query}) TO STDOUT (FORMAT {form})".encode())
+    if result.status != pq.ExecStatus.COPY_OUT:
+        raise translate(error_from_result(result))
+    get, skip = wire.get_copy_data, len(_HEADER) if form == "binary" else 0
+    poll = select.poll()
+    poll.register(wire.socket, select.POLLIN)
+    with translated():
+        while True:
+            # Waiting in poll, not in libpq, lets the other threads work meanwhile.
+            length, data = get(1)
+            if length > 0:
+                row = bytes(data[skip:])  # the header stands before the first row in the same message
+                skip = 0
+                if row != _TRAILER:
+                    yield row
+            elif length == 0:
+                poll.poll()
+                wire.consume_input()
+            else:
+                break
+        ended = wire.get_result()
+        if ended is not None and ended.status != pq.ExecStatus.COMMAND_OK:
+            raise error_from_result(ended)
+        while wire.get_result() is not None:
+            pass
