@@ -8,6 +8,7 @@ leader's order, to come through as the leader did or to stop at the very change 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace as changed_to
 from typing import Final, NamedTuple
 
 from appliers.changes import TURN_MAX, Identity, NotASetError, TableChanges, filled, identity
@@ -15,7 +16,7 @@ from cdc.errors import CdcError, ConflictError, DecodeError, SchemaError
 from cdc.ports import Follower
 from cdc.position import Position, format_lsn
 from cdc.record import NULL, UNCHANGED, Absent, Batch, Checkpoint, Kind, Relation, Row, RowSet, TransactionHead
-from cdc.sql.evolve import changes
+from cdc.sql.evolve import changes, numbered
 from cdc.wire import copy, pgoutput
 from cdc.wire.oids import type_sql
 from cdc.wire.values import text_reader
@@ -136,6 +137,7 @@ class RowsApplier:
         elif known is None or self._schema_changed:
             self._fit(relation, there)
         else:
+            relation = numbered(relation, known)
             for change in changes(known, relation):
                 self._follower.evolve(relation, change)
         self._follower.write_relation(self._stream, relation)
@@ -219,7 +221,8 @@ def _write(follower: Follower, plan: Iterable[_Write | _Load | _Truncate]) -> No
     """
     for step in plan:
         if isinstance(step, _Truncate):
-            follower.truncate(step.relations, cascade=step.cascade, restart_identity=step.restart_identity)
+            if step.relations:  # none where a resumed image already has it
+                follower.truncate(step.relations, cascade=step.cascade, restart_identity=step.restart_identity)
             continue
         if isinstance(step, _Load):
             follower.load(step.relation, step.body, "binary")
@@ -333,7 +336,9 @@ class _Sets(_Tables):
                 row, forms, _ = pgoutput.read_tuple(body[at:end], 6)
                 if len(row) != table.width:
                     raise _misfit(table.relation, len(row))
-                if b"t" in forms:
+                if b"u" in forms:
+                    raise _incomplete(table.relation)
+                if b"t" in forms or b"t" in table.forms:
                     self._note(table, forms)
                 table.insert(tuple(row))
             elif opcode in b"IUD":
@@ -368,7 +373,7 @@ class _Sets(_Tables):
         for image in (change.before, change.after):
             if image is not None and len(image) != table.width:
                 raise _misfit(table.relation, len(image))
-        if b"t" in change.forms:
+        if b"t" in change.forms or b"t" in table.forms:
             self._note(table, change.forms)
         if len(table.inserts) > TURN_MAX and change.op != "I":
             self._settle(table)
@@ -378,6 +383,8 @@ class _Sets(_Tables):
         elif change.op == "U":
             table.update(before, tuple(change.after or ()), full=change.before_kind == "O")
         else:
+            if b"u" in change.forms:
+                raise _incomplete(table.relation)
             table.insert(tuple(change.after or ()))
 
     def _table(self, log: _Log, relation_id: int, key: bytes, lsn: int) -> TableChanges:
@@ -431,9 +438,15 @@ class _Steps(_Tables):
         self._prepare(relation)
         tolerant = self._tolerant(change.relation_id, head.lsn)
         found = identity(relation)
-        rows, match = _single(relation, found, change)
         try:
-            changed = _write_rows(self._follower, change.op, rows, replace=tolerant)
+            rows, match = _single(relation, found, change)
+        except NotASetError:
+            raise DecodeError(f"a change of {relation.label} at {format_lsn(head.lsn)} names no row") from None
+        try:
+            if tolerant and change.op == "U" and found.unique:
+                changed = self._move(rows, match)
+            else:
+                changed = _write_rows(self._follower, change.op, rows, replace=tolerant)
         except CdcError as error:
             if isinstance(error, ConflictError):
                 raise type(error)(
@@ -445,6 +458,29 @@ class _Steps(_Tables):
                 f"{_told(change, relation, match, rows, head)} finds {changed} rows on the follower",
                 remedy="the follower was written by somebody else: compare with `cdc verify`, and put the row back",
             )
+
+
+    def _move(self, rows: RowSet, match: tuple[bytes, ...]) -> int:
+        """An update where old and new row may each be there or not, as their chunks were copied before it or after.
+
+        :raises ConflictError: the row is in neither chunk, and the log does not carry all of it.
+        """
+        values = dict(zip(rows.columns, rows.rows[0], strict=True))
+        moved = tuple(values.get(index, old) for index, old in zip(rows.match, match, strict=True))
+        if moved == match:
+            return self._follower.update(rows)
+        gone = changed_to(rows, columns=(), rows=[])
+        if len(rows.columns) == len(rows.relation.columns):
+            self._follower.delete(gone)
+            return self._follower.insert(changed_to(rows, match=(), matches=[]), replace=True)
+        if self._follower.update(changed_to(rows, matches=[moved])):
+            self._follower.delete(gone)
+        elif not self._follower.update(rows):
+            raise ConflictError(
+                "the row moved while the image was copied, and neither part of the image has it",
+                remedy="take a new image with `cdc ship --image new`",
+            )
+        return 1
 
 
 def _single(relation: Relation, found: Identity, change: pgoutput.Change) -> tuple[RowSet, tuple[bytes, ...]]:
@@ -462,6 +498,8 @@ def _single(relation: Relation, found: Identity, change: pgoutput.Change) -> tup
     if change.op != "I":
         rows.matches.append(match)
     if after is not None:
+        if change.op == "I" and UNCHANGED in after:
+            raise _incomplete(relation)
         if before is not None and change.before_kind == "O":
             after = filled(after, before)
         rows.columns = tuple(index for index, value in enumerate(after) if value is not UNCHANGED)
@@ -496,6 +534,10 @@ def _shown(relation: Relation, index: int, forms: bytes, value: bytes) -> str:
         except CdcError:
             text = value[4:].hex()
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
+
+
+def _incomplete(relation: Relation) -> DecodeError:
+    return DecodeError(f"a row inserted into {relation.label} has a value that did not change")
 
 
 def _misfit(relation: Relation, width: int) -> DecodeError:

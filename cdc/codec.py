@@ -232,9 +232,9 @@ def _image(value: Mapping[str, Any]) -> ImageHead:
     form = value.get("form", "binary")
     if form not in ("binary", "text"):
         raise DecodeError(f"image of an unknown form {form!r}")
-    place = (int(value[name]) for name in ("sequence", "lsn"))
-    optional = (int(value.get(name, 0)) for name in ("chunk", "relation_id", "rows"))
-    return ImageHead(str(value["id"]), *place, *optional, form)
+    chunk, relation_id, rows = (int(value.get(name, 0)) for name in ("chunk", "relation_id", "rows"))
+    id_, sequence, lsn = str(value["id"]), int(value["sequence"]), int(value["lsn"])
+    return ImageHead(id_, sequence, lsn, chunk, relation_id, rows, "text" if form == "text" else "binary")
 
 
 def _position(source: str, pair: list[int]) -> Position:

@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Final, Literal, NamedTuple, TypeVar
@@ -282,7 +282,8 @@ class _Ship:
             if isinstance(item, Transaction) and (target is None or item.position <= target):
                 self._hand(writer, batcher.add(item))
                 oldest = (oldest or now) if batcher else None
-                if oldest is None or now - oldest < options.linger_s or writer.busy:
+                waits = oldest is None or now - oldest < options.linger_s or writer.busy
+                if waits and not self._stop.is_set():
                     continue
             self._hand(writer, batcher.flush())
             oldest = None
@@ -387,6 +388,7 @@ class _Image:
         self._snapshot = snapshot
         self._lock = threading.Lock()
         self._sequence = 0
+        self._failed: BaseException | None = None
 
     def copy(self, end: _Tail) -> Position | None:
         relations = self._snapshot.relations()
@@ -447,7 +449,7 @@ class _Image:
         # Read ahead without the lock; what is larger than this is written while it is read, and others wait.
         held = list(islice(parts, CHUNK_PARTS_HELD))
         rows = size = 0
-        with self._lock:
+        with self._lock, self._unless_failed():
             batches: list[Batch] = []
             for index, (part, last) in enumerate(_marking_last(chain(held, parts))):
                 head = ImageHead(
@@ -470,6 +472,18 @@ class _Image:
                     batches.clear()
             self._sequence += 1
         return Progress("image", relation.label, rows=rows, size_bytes=size)
+
+
+    @contextmanager
+    def _unless_failed(self) -> Iterator[None]:
+        """After an append of which nobody knows whether it is done, nothing may take its place in the sequence."""
+        if self._failed is not None:
+            raise self._failed
+        try:
+            yield
+        except BaseException as error:
+            self._failed = error
+            raise
 
 
 def _id(begin: Batch) -> str:
@@ -525,7 +539,7 @@ class _Follow:
         self._epoch, checkpoint = self._applier.claim(self._options.stream)
         if checkpoint is None:
             return self._broker.bounds(self._options.stream)[0]
-        self._applied = Applied(checkpoint.position, checkpoint.image)
+        self._applied = self._committed = Applied(checkpoint.position, checkpoint.image)
         return checkpoint.offset
 
     def _reached(self, offset: int, end: int | None) -> bool:

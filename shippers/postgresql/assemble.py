@@ -196,7 +196,8 @@ class Assembler:
             self._name(relation_id)
         if len(kept) < len(message.relation_ids):
             at = _XID.stop if self._in_stream else _XID.start
-            frame = frame[:at] + len(kept).to_bytes(4) + frame[at + 4 : at + 5] + b"".join([each.to_bytes(4) for each in kept])
+            ids = b"".join([each.to_bytes(4) for each in kept])
+            frame = frame[:at] + len(kept).to_bytes(4) + frame[at + 4 : at + 5] + ids
         if kept:
             self.frames.append(frame)
 
