@@ -22,6 +22,7 @@ from cdc.wire.oids import type_sql
 from cdc.wire.values import text_reader
 
 _INSERT: Final = ord("I")
+_NEW: Final = ord("N")
 _BULK_MIN: Final = 64  # inserts in a row that are worth a COPY of their own
 _COPY_HEAD: Final = copy.SIGNATURE + bytes(8)
 _COPY_TAIL: Final = b"\xff\xff"
@@ -333,8 +334,9 @@ class _Sets(_Tables):
                 bulk = False  # this transaction is not of that kind
             table = tables.get(body[at + 1 : at + 5])
             if opcode == _INSERT and table is not None and simple:
-                row, forms, _ = pgoutput.read_tuple(body[at:end], 6)
-                if len(row) != table.width:
+                row, forms, place = pgoutput.read_tuple(body[at:end], 6)
+                if len(row) != table.width or place != end - at or body[at + 5] != _NEW:
+                    pgoutput.decode_change(body[at:end])  # which tells what else is wrong
                     raise _misfit(table.relation, len(row))
                 if b"u" in forms:
                     raise _incomplete(table.relation)

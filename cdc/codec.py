@@ -41,6 +41,7 @@ _PREFIX: Final = struct.Struct("<3sBIII")
 _CRC_FROM: Final = 8
 _COUNTS: Final = struct.Struct("<II")
 _HEAD: Final = struct.Struct("<QIqI")
+_REMEMBERED_BYTES: Final = 64 << 10  # a description up to here is kept for the next batch
 _LENGTHS: Final = "I"  # four bytes on every platform CPython runs on
 
 
@@ -257,6 +258,8 @@ def _log(body: bytes, at: int) -> tuple[tuple[TransactionHead, ...], "array[int]
     lengths = array(_LENGTHS, body[middle:end])
     if sys.byteorder == "big":
         lengths.byteswap()
+    if 0 in lengths:
+        raise DecodeError(f"log batch has an empty message, the {lengths.index(0)}-th")
     if sum(lengths) != len(body) - end:
         raise DecodeError(f"log batch has {len(body) - end} bytes of messages, their lengths add up to {sum(lengths)}")
     if sum(head.messages for head in transactions) != messages:
@@ -264,6 +267,10 @@ def _log(body: bytes, at: int) -> tuple[tuple[TransactionHead, ...], "array[int]
     return transactions, lengths, end
 
 
-@lru_cache(maxsize=1024)
 def _read_relation(line: bytes) -> Relation:
+    return _remembered(line) if len(line) <= _REMEMBERED_BYTES else relation_from_json(json.loads(line))
+
+
+@lru_cache(maxsize=1024)
+def _remembered(line: bytes) -> Relation:
     return relation_from_json(json.loads(line))

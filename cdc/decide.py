@@ -61,7 +61,7 @@ def advance(batch: Batch, applied: Applied, until: Position | None) -> Applied:
         return Applied(applied.position, _loaded(applied.image, _image(batch)))
     if batch.kind is Kind.IMAGE_END:
         return Applied(batch.position, _completed(applied.image, batch.position))
-    reached = batch.position if until is None or batch.position.lsn <= until.lsn else until
+    reached = batch.position if until is None or batch.position <= until else until
     return Applied(reached, _expired(applied.image, reached))
 
 
@@ -74,20 +74,19 @@ def _decide_log(batch: Batch, applied: Applied) -> Verdict:
         )
     if applied.loading:
         raise GapError(f"the image {applied.image and applied.image.id} ends unfinished before {batch.position}")
-    # By LSN: one place may be named by two epochs, where one branched off the other.
-    if batch.position.epoch > at.epoch and batch.previous.lsn < at.lsn:
+    if batch.position.epoch > at.epoch and batch.previous < at:
         raise DivergedError(
             f"timeline {batch.position.epoch} of the leader branched off at {batch.previous}, "
             f"below {at} which this follower has applied"
         )
-    if batch.position.lsn <= at.lsn:
+    if batch.position <= at:
         return Verdict.SKIP
     if batch.position.epoch < at.epoch:
         raise DivergedError(
             f"the batch at {batch.position} is of timeline {batch.position.epoch}, "
             f"which this follower left for timeline {at.epoch} at or below {at}"
         )
-    if batch.previous.lsn > at.lsn:
+    if batch.previous > at:
         raise GapError(f"a hole in the topic: {at} is applied, the next batch follows {batch.previous}")
     return _decide_fragment(batch, applied)
 

@@ -72,10 +72,14 @@ class ShipOptions:
 
 @dataclass(frozen=True, slots=True)
 class ApplyOptions:
-    """``until``: "end" is what the topic holds at start, an int an LSN."""
+    """``until``: "end" is what the topic holds at start, an int an LSN.
+
+    ``reload``: begin at the topic's newest image where it is younger than what is applied, whatever lies between.
+    """
 
     stream: str
     until: int | Literal["end"] | None = None
+    reload: bool = False
     retry_s: float = 60.0
 
 
@@ -191,7 +195,7 @@ def _unfinished_image(broker: Broker, codec: Codec, topic: str) -> _Tail:
     begin: Batch | None = None
     done: set[tuple[int, int]] = set()
     sequence = 0
-    for batch in _batches(broker, codec, topic):
+    for _, batch in _batches(broker, codec, topic):
         head = batch.image
         if batch.kind is Kind.IMAGE_BEGIN:
             begin, done, sequence = batch, set(), 0
@@ -201,11 +205,11 @@ def _unfinished_image(broker: Broker, codec: Codec, topic: str) -> _Tail:
     return _Tail(None, begin, sequence, frozenset(done))
 
 
-def _batches(broker: Broker, codec: Codec, topic: str) -> Iterator[Batch]:
+def _batches(broker: Broker, codec: Codec, topic: str) -> Iterator[tuple[int, Batch]]:
     offset, end = broker.bounds(topic)
     while offset < end:
         for message in broker.read(topic, offset, limit_bytes=GROUP_BYTES, wait_s=0):
-            yield _decode(codec, topic, message.offset, message.body)
+            yield message.offset, _decode(codec, topic, message.offset, message.body)
             offset = message.offset + 1
 
 
@@ -540,7 +544,15 @@ class _Follow:
         if checkpoint is None:
             return self._broker.bounds(self._options.stream)[0]
         self._applied = self._committed = Applied(checkpoint.position, checkpoint.image)
-        return checkpoint.offset
+        return self._newest_image(checkpoint) if self._options.reload else checkpoint.offset
+
+    def _newest_image(self, checkpoint: Checkpoint) -> int:
+        """The offset of the youngest image that is beyond the checkpoint, else the checkpoint's own."""
+        found = checkpoint.offset
+        for offset, batch in _batches(self._broker, self._codec, self._options.stream):
+            if batch.kind is Kind.IMAGE_BEGIN and batch.position > checkpoint.position:
+                found = offset
+        return found
 
     def _reached(self, offset: int, end: int | None) -> bool:
         return (end is not None and offset >= end) or (self._applied.fragment == 0 and self._at_target())

@@ -40,9 +40,9 @@ class Format(StrEnum):
 class TypeDescription:
     """A type that is not built into PostgreSQL (OID 16384 and above): what a decoder must know of it.
 
-    ``base`` is the element of an array, the base of a domain, the subtype of a range, 0 otherwise.
-    (of a multirange, its range). ``labels`` are an enum's, in order. Kinds follow ``pg_type.typtype``, arrays told apart; ``base`` kind covers
-    extension types, whose bytes we pass on but cannot read.
+    ``base`` is the element of an array, the base of a domain, the subtype of a range, the range of a multirange, 0
+    otherwise. ``labels`` are an enum's, in order. Kinds follow ``pg_type.typtype``, arrays told apart; the kind "base"
+    covers extension types, whose bytes we pass on but cannot read.
     """
 
     oid: int

@@ -62,10 +62,12 @@ def _paired(old: Relation, new: Relation) -> list[tuple[Column, Column]]:
     pairs |= _renamed_in_place(old, new, pairs)
     gone = [column for column in old.columns if column.name not in pairs]
     came = [column for column in new.columns if column not in pairs.values()]
-    if any(None in (one.number, other.number) for one in gone for other in came):
+    places = [new.columns.index(pairs[column.name]) for column in old.columns if column.name in pairs]
+    # Columns keep their order: a pair that does not was paired wrongly.
+    if places != sorted(places) or any(None in (one.number, other.number) for one in gone for other in came):
         raise SchemaError(
-            f"columns {_names(gone)} of {new.label} are gone and {_names(came)} came: "
-            "whether they were renamed, or dropped and added, the log does not tell",
+            f"columns of {new.label} changed from {_names(old.columns)} to {_names(new.columns)}: "
+            "which were renamed, and which dropped and added, the log does not tell",
             remedy=f"make the follower's table {new.label} equal to the leader's by hand, then start again "
             "with `--schema-changed`",
         )
@@ -74,7 +76,7 @@ def _paired(old: Relation, new: Relation) -> list[tuple[Column, Column]]:
 
 def _renamed_in_place(old: Relation, new: Relation, pairs: Mapping[str, Column]) -> dict[str, Column]:
     """What was added stands at the end: one column for one between two that stayed is that column, renamed."""
-    found = {}
+    found: dict[str, Column] = {}
     rest = list(new.columns)
     waiting: list[Column] = []
     for column in old.columns:
@@ -82,8 +84,9 @@ def _renamed_in_place(old: Relation, new: Relation, pairs: Mapping[str, Column])
         if kept is None:
             waiting.append(column)
         elif kept in rest:
-            came = rest[: rest.index(kept)]
-            rest = rest[len(came) + 1 :]
+            before_it = rest.index(kept)
+            came = [each for each in rest[:before_it] if each not in pairs.values()]
+            rest = rest[before_it + 1 :]
             if len(came) == len(waiting):
                 found |= {before.name: after for before, after in zip(waiting, came, strict=True)}
             waiting = []

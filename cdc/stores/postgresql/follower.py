@@ -8,6 +8,7 @@ after the other, so that neither way looks into a value.
 
 import json
 import re
+import select
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -497,13 +498,32 @@ class PostgresFollower:
     def _copy(self, relation: Relation, names: Sequence[str], body: bytes, form: str) -> int:
         columns = ", ".join(map(identifier, names))
         self._check(self._wire.exec_(f"COPY {_name(relation)} ({columns}) FROM STDIN (FORMAT {form})".encode()))
+        wire = self._wire
         with translated():
-            self._wire.put_copy_data(body)
-            self._wire.put_copy_end()
-            result = self._wire.get_result()
-            while self._wire.get_result() is not None:
+            wire.nonblocking = 1
+            try:
+                wire.put_copy_data(body)
+                wire.put_copy_end()
+                self._wait()
+            finally:
+                wire.nonblocking = 0
+            result = wire.get_result()
+            # A connection that is lost in a COPY would return the same result again and again.
+            while wire.status == pq.ConnStatus.OK and wire.get_result() is not None:
                 pass
         return self._check(result).command_tuples or 0
+
+    def _wait(self) -> None:
+        """Send everything and wait for the result here: libpq would do so with the interpreter's lock in its hand."""
+        wire, poll = self._wire, select.poll()
+        poll.register(wire.socket, select.POLLIN | select.POLLOUT)
+        while wire.flush():
+            if any(event & select.POLLIN for _, event in poll.poll()):
+                wire.consume_input()
+        poll.modify(wire.socket, select.POLLIN)
+        while wire.is_busy():
+            poll.poll()
+            wire.consume_input()
 
     def _run(self, query: str) -> None:
         with translated():
