@@ -461,7 +461,6 @@ class _Steps(_Tables):
                 remedy="the follower was written by somebody else: compare with `cdc verify`, and put the row back",
             )
 
-
     def _move(self, rows: RowSet, match: tuple[bytes, ...]) -> int:
         """An update where old and new row may each be there or not, as their chunks were copied before it or after.
 

@@ -268,7 +268,7 @@ class _Ship:
             return _Image(self, snapshot).copy(end)
 
     def _stream(self, position: Position, target: Position | None) -> None:
-        if target is not None and position >= target:
+        if target is not None and position.source == target.source and position >= target:
             return
         batcher = Batcher(self._options.stream, self._shipper.format, position)
         with _Writer(self._append) as writer:
@@ -476,7 +476,6 @@ class _Image:
                     batches.clear()
             self._sequence += 1
         return Progress("image", relation.label, rows=rows, size_bytes=size)
-
 
     @contextmanager
     def _unless_failed(self) -> Iterator[None]:

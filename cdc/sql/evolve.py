@@ -117,4 +117,3 @@ def _redefined(old: Relation, new: Relation) -> set[int]:
     while more := {each.oid for each in new.types if each.base in found} - found:
         found |= more
     return found
-

@@ -16,6 +16,7 @@ from typing import Final
 from psycopg import pq
 from psycopg.errors import error_from_result
 
+from cdc.errors import TransientError
 from cdc.ports import ImageChunk
 from cdc.position import Position, parse_lsn
 from cdc.record import ChunkPlan, Relation
@@ -60,6 +61,7 @@ class PostgresSnapshot:
     def relations(self) -> Sequence[Relation]:
         with self._connection() as connection:
             relations = describe(connection, publication=self._publication)
+            _hold(connection, relations)
             self._sources = _sources(connection, self._publication, relations, text=self._text)
         return relations
 
@@ -127,6 +129,30 @@ def snapshot(
             yield image
         finally:
             image.close()
+
+
+def _hold(connection: Connection, relations: Sequence[Relation]) -> None:
+    """Keep TRUNCATE and rewrites away until the image is read: they would empty a table for our snapshot too.
+
+    https://www.postgresql.org/docs/current/mvcc-caveats.html
+
+    :raises TransientError: one came between the snapshot and the lock; the next attempt takes another snapshot.
+    """
+    with translated():
+        for relation in relations:
+            connection.execute(f"LOCK TABLE {qualified(relation.schema, relation.name)} IN ACCESS SHARE MODE".encode())
+        rows = connection.execute(_REWRITTEN, ([relation.id for relation in relations],)).fetchall()
+    if rows:
+        raise TransientError(f"{rows[0][0]} was truncated or rewritten while its image began")
+
+
+# The snapshot's pg_class beside the cache, which knows today's.
+_REWRITTEN: Final = """
+    SELECT c.oid::regclass::text FROM pg_class c
+    WHERE c.oid IN (SELECT coalesce(p.relid::oid, r.id) FROM unnest(%s::oid[]) r(id)
+                    LEFT JOIN LATERAL pg_partition_tree(r.id) p ON true)
+      AND c.relkind = 'r' AND c.relfilenode <> pg_relation_filenode(c.oid)
+"""
 
 
 def _sources(

@@ -64,6 +64,7 @@ class LogicalShipper:
         self._poll = select.poll()
         self._confirmed_lsn = 0
         self._status_due = 0.0
+        self._publication: int | None = None
 
     @classmethod
     def open(cls, url: str, options: Options) -> "LogicalShipper":
@@ -108,6 +109,7 @@ class LogicalShipper:
 
     def stream(self, after: Position, *, wait_s: float) -> Iterator[Transaction | Heartbeat]:
         self._check_history(after)
+        self._check_publication()
         slot = self._slot(after)
         self._assembler = Assembler(Position(self.source, self.timeline, after.lsn), self._describe)
         self._confirmed_lsn = slot.confirmed_lsn
@@ -176,6 +178,7 @@ class LogicalShipper:
 
     def _send_status_when_due(self) -> None:
         if time.monotonic() >= self._status_due:
+            self._check_publication()
             self._send_status()
 
     def _send_status(self) -> None:
@@ -244,6 +247,22 @@ class LogicalShipper:
                 "it was recreated, or somebody else read it"
             )
         return _Slot(lsn, bool(two_phase))
+
+    def _check_publication(self) -> None:
+        """From 18 on the server leaves out what a missing publication would publish, without an error.
+
+        :raises ConfigurationError: it is gone, or another one than before.
+        """
+        name = self._options.publication
+        with translated():
+            row = self._catalog.execute("SELECT oid FROM pg_publication WHERE pubname = %s", (name,)).fetchone()
+        if row is None or self._publication not in {None, row[0]}:
+            raise ConfigurationError(
+                f"publication {name!r} " + ("does not exist" if row is None else "was made anew while shipping"),
+                remedy="run `cdc setup`, then take a new image with `cdc ship --image new`: "
+                "changes made without the publication are not in the log",
+            )
+        self._publication = row[0]
 
     def _check_history(self, after: Position) -> None:
         """Is ``after`` a place in this leader's past?"""

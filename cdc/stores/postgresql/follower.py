@@ -110,7 +110,7 @@ class PostgresFollower:
         self._connection = connection
         self._url = url
         self._wire = connection.pgconn
-        self._wire.nonblocking = 0
+        self._poll = select.poll()
         self._targets: dict[tuple[str, str], dict[str, _Target]] = {}
         self._prepared: dict[str, bytes] = {}
         self._open = False
@@ -497,37 +497,17 @@ class PostgresFollower:
 
     def _copy(self, relation: Relation, names: Sequence[str], body: bytes, form: str) -> int:
         columns = ", ".join(map(identifier, names))
-        self._check(self._wire.exec_(f"COPY {_name(relation)} ({columns}) FROM STDIN (FORMAT {form})".encode()))
-        wire = self._wire
+        self._run(f"COPY {_name(relation)} ({columns}) FROM STDIN (FORMAT {form})")
         with translated():
-            wire.nonblocking = 1
-            try:
-                wire.put_copy_data(body)
-                wire.put_copy_end()
-                self._wait()
-            finally:
-                wire.nonblocking = 0
-            result = wire.get_result()
-            # A connection that is lost in a COPY would return the same result again and again.
-            while wire.status == pq.ConnStatus.OK and wire.get_result() is not None:
-                pass
+            self._wire.put_copy_data(body)
+            self._wire.put_copy_end()
+            result = self._answer()
         return self._check(result).command_tuples or 0
-
-    def _wait(self) -> None:
-        """Send everything and wait for the result here: libpq would do so with the interpreter's lock in its hand."""
-        wire, poll = self._wire, select.poll()
-        poll.register(wire.socket, select.POLLIN | select.POLLOUT)
-        while wire.flush():
-            if any(event & select.POLLIN for _, event in poll.poll()):
-                wire.consume_input()
-        poll.modify(wire.socket, select.POLLIN)
-        while wire.is_busy():
-            poll.poll()
-            wire.consume_input()
 
     def _run(self, query: str) -> None:
         with translated():
-            result = self._wire.exec_(query.encode())
+            self._wire.send_query(query.encode())
+            result = self._answer()
         self._check(result)
 
     def _execute(self, query: str, *values: bytes | None) -> "pq.abc.PGresult":
@@ -539,8 +519,31 @@ class PostgresFollower:
                 self._check(self._wire.prepare(name, query.encode()))
                 self._prepared[query] = name
             formats = [1 if value is not None and "unnest(" in query else 0 for value in values]
-            result = self._wire.exec_prepared(name, values, formats)  # type: ignore[arg-type]  # None is NULL
+            self._wire.send_query_prepared(name, values, formats)  # None is NULL
+            result = self._answer()
         return self._check(result)
+
+    def _answer(self) -> "pq.abc.PGresult | None":
+        """Send what was queued, and wait for the answer here: libpq would hold the interpreter's lock meanwhile."""
+        wire, poll = self._wire, self._poll
+        poll.register(wire.socket, select.POLLIN | select.POLLOUT)
+        while wire.flush():
+            if any(event & select.POLLIN for _, event in poll.poll()):
+                wire.consume_input()
+        poll.register(wire.socket, select.POLLIN)
+        answer = None
+        while True:
+            while wire.is_busy():
+                poll.poll()
+                wire.consume_input()
+            result = wire.get_result()
+            if result is None:
+                return answer
+            if answer is None or answer.status != pq.ExecStatus.FATAL_ERROR:
+                answer = result
+            # The server waits for rows; or the connection is lost, which would be told again and again.
+            if result.status == pq.ExecStatus.COPY_IN or wire.status != pq.ConnStatus.OK:
+                return answer
 
     def _values(self, query: str, *values: str) -> list[tuple[str | None, ...]]:
         with translated():
