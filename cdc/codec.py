@@ -67,6 +67,7 @@ def _column_json(column: Column) -> dict[str, Any]:
         "not_null": column.not_null or None,
         "number": column.number,
         "missing": column.missing,
+        "untold": column.untold or None,
         "modifier": None if column.modifier == -1 else column.modifier,
     }
     return {"name": column.name, "type": column.type_oid} | {k: v for k, v in optional.items() if v is not None}
@@ -91,6 +92,7 @@ def relation_from_json(value: Mapping[str, Any]) -> Relation:
                 bool(c.get("not_null", False)),
                 None if c.get("number") is None else int(c["number"]),
                 None if c.get("missing") is None else str(c["missing"]),
+                bool(c.get("untold", False)),
             )
             for c in value["columns"]
         ),

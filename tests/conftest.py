@@ -1,3 +1,3 @@
 """Fixtures live in ``fix_*.py``, by subject."""
 
-pytest_plugins = ["tests.fix_broker", "tests.fix_postgresql"]
+pytest_plugins = ["tests.fix_broker", "tests.fix_postgresql", "tests.fix_proxy", "tests.fix_stream"]

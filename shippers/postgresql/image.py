@@ -101,6 +101,8 @@ class PostgresSnapshot:
         with translated():
             connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
             connection.execute(f"SET TRANSACTION SNAPSHOT {literal(self._name)}")
+            # Who waits for a table behind a TRUNCATE that waits for _hold()'s lock would wait for ever.
+            connection.execute("SET LOCAL lock_timeout = '2s'")
         return connection
 
     def close(self) -> None:

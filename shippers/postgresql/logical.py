@@ -8,13 +8,13 @@ import select
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Final, Literal
 
 from psycopg import pq
 from psycopg.errors import error_from_result
 
-from cdc.errors import ConfigurationError, DivergedError, FencedError, GapError, UnavailableError
+from cdc.errors import ConfigurationError, DivergedError, FencedError, GapError, TransientError, UnavailableError
 from cdc.ports import Snapshot
 from cdc.position import Position, format_lsn, parse_lsn
 from cdc.record import Column, Format, Heartbeat, Relation, Transaction
@@ -26,6 +26,7 @@ from shippers.postgresql import image
 from shippers.postgresql.assemble import RUN_BYTES, Assembler
 
 _ANEW: Final = "run `cdc teardown` and `cdc setup`, then `cdc ship --image new`: followers load that image"
+_UNSTREAMED: Final[set[str]] = set()  # slots that this process found the server cannot stream
 STATUS_INTERVAL_S: Final = 10.0  # the server's default wal_sender_timeout is 60 s
 _XLOGDATA: Final = ord("w")
 HANDOVER_S: Final = 5.0  # how long a predecessor's half-dead session may hold the slot
@@ -173,7 +174,12 @@ class LogicalShipper:
         assert self._replication is not None  # noqa: S101
         result = self._replication.pgconn.get_result()
         if result is not None and result.status == pq.ExecStatus.FATAL_ERROR:
-            raise translate(error_from_result(result))
+            error = translate(error_from_result(result))
+            if "could not map filenumber" in str(error) and self._options.slot not in _UNSTREAMED:
+                # A bug of servers 16 to 18: streaming a transaction whose aborted subtransaction rewrote a table.
+                _UNSTREAMED.add(self._options.slot)
+                raise TransientError(f"{error}: trying without streaming") from error
+            raise error
         raise UnavailableError("the leader ended the replication stream (it is shutting down)")
 
     def _send_status_when_due(self) -> None:
@@ -196,7 +202,8 @@ class LogicalShipper:
         return None if is_ours(relation) else enrich(self._catalog, relation)
 
     def _start(self, lsn: int, *, two_phase: bool) -> None:
-        command = start_command(self._options, lsn, self._catalog.info.server_version, two_phase=two_phase)
+        options = replace(self._options, streaming=self._options.streaming and self._options.slot not in _UNSTREAMED)
+        command = start_command(options, lsn, self._catalog.info.server_version, two_phase=two_phase)
         deadline = time.monotonic() + HANDOVER_S
         while True:
             self._replication = connect(

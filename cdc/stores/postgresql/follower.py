@@ -311,10 +311,11 @@ class PostgresFollower:
         name = identifier(column.name)
         if column.name in self._look(relation):
             return
-        if column.not_null and column.missing is None and not self.is_empty(relation):
+        if (column.untold or (column.not_null and column.missing is None)) and not self.is_empty(relation):
             raise SchemaError(
-                f"column {column.name!r} of {relation.label} came with a value for each row that the log does not tell",
-                remedy=f"ALTER TABLE {_name(relation)} ADD COLUMN {name} {sql}, and fill it from the leader",
+                f"the rows of {relation.label} may have values in new column {column.name!r} that the log lacks",
+                remedy=f"ALTER TABLE {_name(relation)} ADD COLUMN {name} {sql}, fill it from the leader, start again "
+                "with `--schema-changed`; or take a new image with `cdc ship --image new`",
             )
         for description in relation.types:
             self._create_type(description, types)
