@@ -21,8 +21,8 @@ from appliers.rows import RowsApplier
 from cdc.brokers import embedded
 from cdc.codec import EnvelopeCodec
 from cdc.errors import CdcError
-from cdc.pipeline import ApplyOptions, Progress, ShipOptions, follow, ship
-from cdc.ports import Broker, Follower, Store
+from cdc.pipeline import ApplyOptions, ShipOptions, follow, ship
+from cdc.ports import Broker, Follower, Progress, Store
 from cdc.record import Checkpoint, Relation
 from cdc.stores import sqlite
 from cdc.stores.embedded import EmbeddedPostgres

@@ -9,7 +9,7 @@ from typing import Any, Final
 from cdc.cli.console import Console, printable, seconds_text, size_text
 from cdc.codec import EnvelopeCodec
 from cdc.errors import ConfigurationError
-from cdc.pipeline import Progress
+from cdc.ports import Progress
 from cdc.record import Batch, Kind
 
 LINE_EVERY_S: Final = 10.0

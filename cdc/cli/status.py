@@ -11,11 +11,11 @@ from cdc.cli.options import Settings
 from cdc.cli.session import leader_session
 from cdc.cli.urls import shown
 from cdc.codec import EnvelopeCodec
-from cdc.pipeline import decoded
 from cdc.ports import Broker
 from cdc.position import format_lsn, parse_lsn
 from cdc.record import Batch, Checkpoint
 from cdc.stores.postgresql.status import leader_status
+from cdc.topic import decoded
 
 _LOOKED_BACK_MAX: Final = 200  # batches, for the last one with a transaction
 

@@ -11,8 +11,9 @@ import pytest
 
 from cdc.codec import EnvelopeCodec
 from cdc.errors import GapError
-from cdc.pipeline import Progress, decoded
+from cdc.ports import Progress
 from cdc.record import Batch, Kind
+from cdc.topic import decoded
 from shippers.postgresql import image
 from tests.fix_stream import STREAM, FollowerFactory, Stream, ended, eventually, killed, query
 

@@ -12,9 +12,9 @@ import pytest
 
 from cdc.brokers import embedded
 from cdc.codec import EnvelopeCodec
-from cdc.pipeline import decoded
 from cdc.record import Kind
 from cdc.stores.embedded import EmbeddedPostgres
+from cdc.topic import decoded
 from tests.fix_postgresql import DatabaseFactory
 from tests.fix_stream import STREAM, FollowerFactory, Stream, everything, query, run
 

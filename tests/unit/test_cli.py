@@ -19,7 +19,7 @@ from cdc.cli.options import COMMANDS, Settings
 from cdc.cli.progress import Meter, WatchedCodec
 from cdc.codec import EnvelopeCodec
 from cdc.errors import ConfigurationError, UsageError
-from cdc.pipeline import Progress
+from cdc.ports import Progress
 from cdc.position import Position
 from cdc.record import Batch, Column, Format, Fragment, Kind, Relation, TransactionHead
 

@@ -13,8 +13,8 @@ import pytest
 from appliers.rows import RowsApplier
 from cdc.codec import EnvelopeCodec
 from cdc.errors import CdcError, ConfigurationError, DecodeError, GapError, OutcomeUnknownError, UnavailableError
-from cdc.pipeline import ApplyOptions, Progress, ShipOptions, follow, ship
-from cdc.ports import ImageChunk
+from cdc.pipeline import ApplyOptions, ShipOptions, follow, ship
+from cdc.ports import ImageChunk, Progress
 from cdc.position import Position
 from cdc.record import NULL, UNCHANGED, ChunkPlan, Format, Heartbeat, Kind, Message, Relation, Run, Transaction
 from cdc.wire import copy
