@@ -140,7 +140,9 @@ def _retrying(attempt: Callable[[Callable[[], None]], None], budget_s: float, st
         try:
             attempt(progressed)
         except CdcError as error:
-            if not error.retriable or time.monotonic() >= deadline or stop.is_set():
+            if error.retriable and stop.is_set():
+                return  # we were leaving anyway, and nothing is half done
+            if not error.retriable or time.monotonic() >= deadline:
                 raise
         else:
             return

@@ -24,6 +24,7 @@ from cdc.sql.quote import identifier, literal, qualified
 from cdc.stores.postgresql.connect import Connection, connect, translate, translated
 from cdc.stores.postgresql.describe import describe, filters
 
+READERS: Final = 4  # connections that are opened at once; more are, where more threads ask
 CHUNK_BYTES: Final = 8 << 20  # of table per chunk: what a killed shipper or applier does again
 PART_BYTES: Final = 900 << 10  # of rows per message
 _UNKNOWN_ROW_BYTES: Final = 100  # where the table was never analyzed
@@ -53,6 +54,7 @@ class PostgresSnapshot:
         self._text = text
         self._idle: SimpleQueue[Connection] = SimpleQueue()
         self._sources: dict[int, _Source] = {}
+        self._relations: Sequence[Relation] = ()
 
     @property
     def position(self) -> Position:
@@ -61,8 +63,12 @@ class PostgresSnapshot:
     def relations(self) -> Sequence[Relation]:
         with self._connection() as connection:
             relations = describe(connection, publication=self._publication)
-            _hold(connection, relations)
+            _lock(connection, relations)
+            _check_untouched(connection, relations)
             self._sources = _sources(connection, self._publication, relations, text=self._text)
+        self._relations = relations
+        for _ in range(READERS - 1):
+            self._idle.put(self._join())
         return relations
 
     def plan(self, relation: Relation) -> ChunkPlan:
@@ -101,8 +107,10 @@ class PostgresSnapshot:
         with translated():
             connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
             connection.execute(f"SET TRANSACTION SNAPSHOT {literal(self._name)}")
-            # Who waits for a table behind a TRUNCATE that waits for _hold()'s lock would wait for ever.
+            # Who waits for a table behind a TRUNCATE that waits for another of us would wait for ever. So each locks
+            # all tables before it reads, nearly at once, and the few moments in between end in another attempt.
             connection.execute("SET LOCAL lock_timeout = '2s'")
+        _lock(connection, self._relations)
         return connection
 
     def close(self) -> None:
@@ -133,16 +141,19 @@ def snapshot(
             image.close()
 
 
-def _hold(connection: Connection, relations: Sequence[Relation]) -> None:
+def _lock(connection: Connection, relations: Sequence[Relation]) -> None:
     """Keep TRUNCATE and rewrites away until the image is read: they would empty a table for our snapshot too.
 
     https://www.postgresql.org/docs/current/mvcc-caveats.html
-
-    :raises TransientError: one came between the snapshot and the lock; the next attempt takes another snapshot.
     """
     with translated():
         for relation in relations:
             connection.execute(f"LOCK TABLE {qualified(relation.schema, relation.name)} IN ACCESS SHARE MODE".encode())
+
+
+def _check_untouched(connection: Connection, relations: Sequence[Relation]) -> None:
+    """:raises TransientError: a rewrite came between snapshot and lock; the next attempt takes another snapshot."""
+    with translated():
         rows = connection.execute(_REWRITTEN, ([relation.id for relation in relations],)).fetchall()
     if rows:
         raise TransientError(f"{rows[0][0]} was truncated or rewritten while its image began")
