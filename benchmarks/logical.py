@@ -35,15 +35,16 @@ def main() -> None:
         EmbeddedPostgres(18, settings=settings) as follower,
     ):
         for number in range(arguments.rounds):
-            result = _round(leader, follower, Path(directory), number, arguments.rows, arguments.updates)
+            result = _round((leader, follower), Path(directory), number, arguments.rows, arguments.updates)
             print(json.dumps(result), flush=True)
 
 
 def _round(
-    leader: EmbeddedPostgres, follower: EmbeddedPostgres, directory: Path, number: int, rows: int, updates: int
+    servers: tuple[EmbeddedPostgres, EmbeddedPostgres], directory: Path, number: int, rows: int, updates: int
 ) -> dict[str, float]:
+    leader, follower = servers
     name = f"bench{number}"
-    for server in (leader, follower):
+    for server in servers:
         _sql(server.url(), f"CREATE DATABASE {name}")
     source, target = leader.url(name), follower.url(name)
     topic = f"file://{directory / name}"
@@ -124,14 +125,14 @@ def _subscribed(source: str, follower: EmbeddedPostgres, database: str, number: 
     _sql(follower.url(own), TABLE)
     with psycopg.connect(follower.url(own), autocommit=True) as connection:
         connection.execute(
-            f"CREATE SUBSCRIPTION {own} CONNECTION '{source}' PUBLICATION cdc_{database}"  # type: ignore[arg-type]
+            f"CREATE SUBSCRIPTION {own} CONNECTION '{source}' PUBLICATION cdc_{database}"
             f" WITH (copy_data = false, create_slot = false, slot_name = 'subscribed{number}', binary = true)"
         )
         while connection.execute("SELECT a FROM t WHERE id = %s", [updates]).fetchone() != (updates % 100 + 1,):
             time.sleep(0.002)
-        connection.execute(f"ALTER SUBSCRIPTION {own} DISABLE")  # type: ignore[arg-type]
-        connection.execute(f"ALTER SUBSCRIPTION {own} SET (slot_name = NONE)")  # type: ignore[arg-type]
-        connection.execute(f"DROP SUBSCRIPTION {own}")  # type: ignore[arg-type]
+        connection.execute(f"ALTER SUBSCRIPTION {own} DISABLE")
+        connection.execute(f"ALTER SUBSCRIPTION {own} SET (slot_name = NONE)")
+        connection.execute(f"DROP SUBSCRIPTION {own}")
 
 
 def _updates(url: str, count: int) -> None:
@@ -145,17 +146,18 @@ def _updates(url: str, count: int) -> None:
 
 
 def _cdc(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "cdc", *arguments, *(["--quiet"] if arguments[0] != "setup" else [])], check=True)
+    quiet = [] if arguments[0] == "setup" else ["--quiet"]
+    subprocess.run([sys.executable, "-m", "cdc", *arguments, *quiet], check=True)
 
 
 def _sql(url: str, statement: str) -> None:
     with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute(statement)  # type: ignore[arg-type]
+        connection.execute(statement)
 
 
 def _value(url: str, statement: str) -> object:
     with psycopg.connect(url, autocommit=True) as connection:
-        row = connection.execute(statement).fetchone()  # type: ignore[arg-type]
+        row = connection.execute(statement).fetchone()
         return row[0] if row else None
 
 

@@ -10,6 +10,8 @@ from cdc.position import Position
 from cdc.record import Batch, Format, Fragment, Kind, Relation, Run, Transaction, TransactionHead
 
 BATCH_BYTES: Final = 900 << 10
+_HEAD_BYTES: Final = 24  # in the codec's table of transactions
+_LENGTH_BYTES: Final = 4  # in its table of lengths
 
 
 class Batcher:
@@ -30,15 +32,16 @@ class Batcher:
     def add(self, transaction: Transaction) -> Iterator[Batch]:
         """Take a transaction, and yield the batches that are full by it."""
         runs = list(transaction.runs) if transaction.size_bytes <= BATCH_BYTES else None
-        if runs is None or not _agree(runs):
+        if runs is None or not _agree(runs) or sum(map(_cost, runs)) > BATCH_BYTES:
             yield from self.flush()
             yield from self._fragments(transaction, iter(runs) if runs is not None else iter(transaction.runs))
             return
-        if self._heads and not all(self._part.fits(run) for run in runs):
+        if self._heads and not self._part.fits(*runs):
             yield from self.flush()
         before = self._part.messages
         for run in runs:
             self._part.add(run)
+        self._part.size_bytes += _HEAD_BYTES
         self._last = transaction.position
         self._heads.append(_head(transaction, self._part.messages - before))
         if self._part.size_bytes >= BATCH_BYTES:
@@ -100,17 +103,22 @@ class _Part:
     def messages(self) -> int:
         return len(self.lengths)
 
-    def fits(self, run: Run) -> bool:
+    def fits(self, *runs: Run) -> bool:
         known = self.relations
-        return self.size_bytes + len(run.body) <= BATCH_BYTES and all(
-            known.get(id_, relation) is relation for id_, relation in run.relations.items()
+        return self.size_bytes + sum(map(_cost, runs)) <= BATCH_BYTES and all(
+            known.get(id_, relation) is relation for run in runs for id_, relation in run.relations.items()
         )
 
     def add(self, run: Run) -> None:
         self.relations.update(run.relations)
         self.lengths.extend(run.lengths)
         self.bodies.append(run.body)
-        self.size_bytes += len(run.body)
+        self.size_bytes += _cost(run)
+
+
+def _cost(run: Run) -> int:
+    """How many bytes of a batch a run takes; of tiny messages, most are not the messages'."""
+    return len(run.body) + _LENGTH_BYTES * len(run.lengths)
 
 
 def _agree(runs: list[Run]) -> bool:

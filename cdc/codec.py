@@ -41,6 +41,7 @@ _PREFIX: Final = struct.Struct("<3sBIII")
 _CRC_FROM: Final = 8
 _COUNTS: Final = struct.Struct("<II")
 _HEAD: Final = struct.Struct("<QIqI")
+_REMEMBERED_BYTES: Final = 64 << 10  # a description up to here is kept for the next batch
 _LENGTHS: Final = "I"  # four bytes on every platform CPython runs on
 
 
@@ -66,6 +67,7 @@ def _column_json(column: Column) -> dict[str, Any]:
         "not_null": column.not_null or None,
         "number": column.number,
         "missing": column.missing,
+        "untold": column.untold or None,
         "modifier": None if column.modifier == -1 else column.modifier,
     }
     return {"name": column.name, "type": column.type_oid} | {k: v for k, v in optional.items() if v is not None}
@@ -90,6 +92,7 @@ def relation_from_json(value: Mapping[str, Any]) -> Relation:
                 bool(c.get("not_null", False)),
                 None if c.get("number") is None else int(c["number"]),
                 None if c.get("missing") is None else str(c["missing"]),
+                bool(c.get("untold", False)),
             )
             for c in value["columns"]
         ),
@@ -232,9 +235,9 @@ def _image(value: Mapping[str, Any]) -> ImageHead:
     form = value.get("form", "binary")
     if form not in ("binary", "text"):
         raise DecodeError(f"image of an unknown form {form!r}")
-    place = (int(value[name]) for name in ("sequence", "lsn"))
-    optional = (int(value.get(name, 0)) for name in ("chunk", "relation_id", "rows"))
-    return ImageHead(str(value["id"]), *place, *optional, form)
+    chunk, relation_id, rows = (int(value.get(name, 0)) for name in ("chunk", "relation_id", "rows"))
+    id_, sequence, lsn = str(value["id"]), int(value["sequence"]), int(value["lsn"])
+    return ImageHead(id_, sequence, lsn, chunk, relation_id, rows, "text" if form == "text" else "binary")
 
 
 def _position(source: str, pair: list[int]) -> Position:
@@ -257,6 +260,8 @@ def _log(body: bytes, at: int) -> tuple[tuple[TransactionHead, ...], "array[int]
     lengths = array(_LENGTHS, body[middle:end])
     if sys.byteorder == "big":
         lengths.byteswap()
+    if 0 in lengths:
+        raise DecodeError(f"log batch has an empty message, the {lengths.index(0)}-th")
     if sum(lengths) != len(body) - end:
         raise DecodeError(f"log batch has {len(body) - end} bytes of messages, their lengths add up to {sum(lengths)}")
     if sum(head.messages for head in transactions) != messages:
@@ -264,6 +269,10 @@ def _log(body: bytes, at: int) -> tuple[tuple[TransactionHead, ...], "array[int]
     return transactions, lengths, end
 
 
-@lru_cache(maxsize=1024)
 def _read_relation(line: bytes) -> Relation:
+    return _remembered(line) if len(line) <= _REMEMBERED_BYTES else relation_from_json(json.loads(line))
+
+
+@lru_cache(maxsize=1024)
+def _remembered(line: bytes) -> Relation:
     return relation_from_json(json.loads(line))

@@ -81,6 +81,11 @@ def _decide_log(batch: Batch, applied: Applied) -> Verdict:
         )
     if batch.position <= at:
         return Verdict.SKIP
+    if batch.position.epoch < at.epoch:
+        raise DivergedError(
+            f"the batch at {batch.position} is of timeline {batch.position.epoch}, "
+            f"which this follower left for timeline {at.epoch} at or below {at}"
+        )
     if batch.previous > at:
         raise GapError(f"a hole in the topic: {at} is applied, the next batch follows {batch.previous}")
     return _decide_fragment(batch, applied)

@@ -89,7 +89,7 @@ class GapError(CdcError):
     """A hole between what was applied (or shipped) and what comes next. Nobody steps over a hole."""
 
     exit_code = 80
-    default_remedy = "take a new image with `cdc ship --image new`, then let the follower load it"
+    default_remedy = "take a new image with `cdc ship --image new`, then load it with `cdc apply --reload`"
 
 
 class DivergedError(GapError):

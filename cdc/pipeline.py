@@ -7,51 +7,30 @@ them; a retriable error begins another attempt, which learns from the topic or t
 import random
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
-from itertools import chain, islice
-from typing import Final, Literal, NamedTuple, TypeVar
+from typing import Final, Literal, NamedTuple
 
 from cdc.batcher import Batcher
 from cdc.decide import Applied, Verdict, advance, decide
-from cdc.errors import CdcError, ConfigurationError, GapError
-from cdc.ports import Applier, Broker, Codec, ImageChunk, Shipper, Snapshot
+from cdc.errors import CdcError, ConfigurationError
+from cdc.imaging import ImageCopy, Place
+from cdc.ports import Applier, Broker, Codec, Progress, Report, Shipper
 from cdc.position import Position
 from cdc.record import (
     Batch,
     Checkpoint,
-    ChunkPlan,
-    Fragment,
-    ImageHead,
     Kind,
-    Relation,
     Transaction,
 )
+from cdc.topic import Tail, batches, decode, located, tail
 
 HEARTBEAT_S: Final = 10.0
 HEARTBEAT_BYTES: Final = 16 << 20  # one WAL segment
 GROUP_BYTES: Final = 4 << 20  # of batches per follower commit
-CHUNK_PARTS_HELD: Final = 12  # of an image chunk in memory before it is written
 _BACKOFF_S_MAX: Final = 5.0
-
-T = TypeVar("T")
-
-
-class Progress(NamedTuple):
-    """Something to show. ``what``: image, stream, apply. ``of`` is 0 where the end is not known."""
-
-    what: Literal["image", "stream", "apply"]
-    subject: str
-    done: int = 0
-    of: int = 0
-    rows: int = 0
-    size_bytes: int = 0
-
-
-Report = Callable[[Progress], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +51,14 @@ class ShipOptions:
 
 @dataclass(frozen=True, slots=True)
 class ApplyOptions:
-    """``until``: "end" is what the topic holds at start, an int an LSN."""
+    """``until``: "end" is what the topic holds at start, an int an LSN.
+
+    ``reload``: begin at the topic's newest image where it is younger than what is applied, whatever lies between.
+    """
 
     stream: str
     until: int | Literal["end"] | None = None
+    reload: bool = False
     retry_s: float = 60.0
 
 
@@ -85,16 +68,7 @@ class _Hooks(NamedTuple):
     stop: threading.Event
     report: Report
     progressed: Callable[[], None]
-
-
-@dataclass(frozen=True, slots=True)
-class _Tail:
-    """Where a topic ends: the position to continue from, or the image left unfinished."""
-
-    position: Position | None
-    begin: Batch | None = None
-    sequence: int = 0
-    done: frozenset[tuple[int, int]] = frozenset()
+    began_image: Callable[[], None] = lambda: None
 
 
 def ship(
@@ -111,6 +85,10 @@ def ship(
     :raises CdcError: as the shipper and the broker do, once ``options.retry_s`` seconds of retries brought no progress.
     """
     target: list[Position] = []
+    image: list[Literal["auto", "new", "never"]] = [options.image]
+
+    def began_image() -> None:
+        image[0] = "auto"  # from here on the new image is the one to finish
 
     def attempt(progressed: Callable[[], None]) -> None:
         with closing(open_shipper()) as shipper, closing(open_broker()) as broker:
@@ -118,7 +96,8 @@ def ship(
                 target.append(shipper.end())
             elif not target and isinstance(options.until_lsn, int):
                 target.append(shipper.end().at(options.until_lsn))
-            _Ship(shipper, broker, codec, options, _Hooks(stop, report, progressed)).run(target[0] if target else None)
+            hooks = _Hooks(stop, report, progressed, began_image)
+            _Ship(shipper, broker, codec, replace(options, image=image[0]), hooks).run(target[0] if target else None)
 
     _retrying(attempt, options.retry_s, stop)
 
@@ -161,71 +140,14 @@ def _retrying(attempt: Callable[[Callable[[], None]], None], budget_s: float, st
         try:
             attempt(progressed)
         except CdcError as error:
-            if not error.retriable or time.monotonic() >= deadline or stop.is_set():
+            if error.retriable and stop.is_set():
+                return  # we were leaving anyway, and nothing is half done
+            if not error.retriable or time.monotonic() >= deadline:
                 raise
         else:
             return
         tries += 1
         stop.wait(min(_BACKOFF_S_MAX, 0.1 * 2 ** min(tries, 10)) * (0.5 + random.random() / 2))  # noqa: S311
-
-
-def tail(broker: Broker, codec: Codec, topic: str) -> _Tail:
-    """Read from a topic's end where shipping goes on."""
-    first, following = broker.bounds(topic)
-    if first == following:
-        return _Tail(None)
-    last = decoded(broker, codec, topic, following - 1)
-    if last.kind in {Kind.LOG, Kind.HEARTBEAT, Kind.IMAGE_END}:
-        whole = last.fragment is None or last.fragment.last
-        return _Tail(last.position if whole else last.previous)
-    return _unfinished_image(broker, codec, topic)
-
-
-def _unfinished_image(broker: Broker, codec: Codec, topic: str) -> _Tail:
-    begin: Batch | None = None
-    done: set[tuple[int, int]] = set()
-    sequence = 0
-    for batch in _batches(broker, codec, topic):
-        head = batch.image
-        if batch.kind is Kind.IMAGE_BEGIN:
-            begin, done, sequence = batch, set(), 0
-        elif batch.kind is Kind.IMAGE_CHUNK and head is not None and (batch.fragment is None or batch.fragment.last):
-            done.add((head.relation_id, head.chunk))
-            sequence = head.sequence + 1
-    return _Tail(None, begin, sequence, frozenset(done))
-
-
-def _batches(broker: Broker, codec: Codec, topic: str) -> Iterator[Batch]:
-    offset, end = broker.bounds(topic)
-    while offset < end:
-        for message in broker.read(topic, offset, limit_bytes=GROUP_BYTES, wait_s=0):
-            yield _decode(codec, topic, message.offset, message.body)
-            offset = message.offset + 1
-
-
-def decoded(broker: Broker, codec: Codec, topic: str, offset: int) -> Batch:
-    """One batch of a topic.
-
-    :raises GapError: it is not there.
-    """
-    messages = broker.read(topic, offset, limit_bytes=1, wait_s=0)
-    if not messages:
-        raise GapError(f"topic {topic!r} has no message at offset {offset}")
-    return _decode(codec, topic, offset, messages[0].body)
-
-
-def _decode(codec: Codec, topic: str, offset: int, body: bytes) -> Batch:
-    try:
-        return codec.decode(body)
-    except CdcError as error:
-        raise _located(error, topic, offset) from error
-
-
-def _located(error: CdcError, topic: str, offset: int, position: Position | None = None) -> CdcError:
-    if error.located:
-        return error
-    where = f"topic {topic!r}, offset {offset}" + (f", position {position}" if position is not None else "")
-    return type(error)(f"{error} ({where})", remedy=error.remedy)
 
 
 class _Ship:
@@ -236,8 +158,7 @@ class _Ship:
         self._broker = broker
         self._codec = codec
         self._options = options
-        self._stop, self._report, self._progressed = hooks
-        self._imaged = False
+        self._stop, self._report, self._progressed, self._began_image = hooks
 
     def run(self, target: Position | None) -> None:
         position = self._begin()
@@ -255,11 +176,15 @@ class _Ship:
                 f"topic {options.stream!r} has no complete image to continue from",
                 remedy="ship without `--image never`",
             )
+        if options.image == "new":
+            end = Tail(None)
+        place = Place(options.stream, self._shipper.format, self._write_image)
         with self._shipper.snapshot() as snapshot:
-            return _Image(self, snapshot).copy(end)
+            image = ImageCopy(snapshot, place, workers=options.workers, stop=self._stop, report=self._report)
+            return image.copy(end)
 
     def _stream(self, position: Position, target: Position | None) -> None:
-        if target is not None and position >= target:
+        if target is not None and position.source == target.source and position >= target:
             return
         batcher = Batcher(self._options.stream, self._shipper.format, position)
         with _Writer(self._append) as writer:
@@ -277,7 +202,8 @@ class _Ship:
             if isinstance(item, Transaction) and (target is None or item.position <= target):
                 self._hand(writer, batcher.add(item))
                 oldest = (oldest or now) if batcher else None
-                if oldest is None or now - oldest < options.linger_s or writer.busy:
+                waits = oldest is None or now - oldest < options.linger_s or writer.busy
+                if waits and not self._stop.is_set():
                     continue
             self._hand(writer, batcher.flush())
             oldest = None
@@ -308,27 +234,11 @@ class _Ship:
             Progress("stream", str(batch.position), len(batch.transactions), 0, len(batch.lengths), len(batch.body))
         )
 
-    def write_image(self, batches: Iterable[Batch]) -> None:
-        """Make parts of an image durable, together."""
-        bodies = [self._codec.encode(batch) for batch in batches]
-        if bodies:
-            self._broker.append(self._options.stream, bodies)
+    def _write_image(self, batches: list[Batch]) -> None:
+        if batches:
+            self._broker.append(self._options.stream, [self._codec.encode(batch) for batch in batches])
+            self._began_image()
             self._progressed()
-
-    @property
-    def options(self) -> ShipOptions:
-        return self._options
-
-    @property
-    def stopped(self) -> bool:
-        return self._stop.is_set()
-
-    def report(self, progress: Progress) -> None:
-        self._report(progress)
-
-    def batch(self, kind: Kind, position: Position) -> Batch:
-        """An empty batch of this stream, standing at ``position``."""
-        return Batch(self._options.stream, self._shipper.format, kind, position, position)
 
 
 class _Writer:
@@ -370,116 +280,6 @@ class _Writer:
         return before
 
 
-class _Image:
-    """Copies a snapshot into the topic, chunk by chunk, several at a time; goes on where an earlier try was killed.
-
-    Chunks may be read in any order but each stands whole in the topic. Those read in a later snapshot than the image's
-    first carry that snapshot's position, by which the follower knows which changes they already contain.
-    """
-
-    def __init__(self, ship_: _Ship, snapshot: Snapshot) -> None:
-        self._ship = ship_
-        self._snapshot = snapshot
-        self._lock = threading.Lock()
-        self._sequence = 0
-
-    def copy(self, end: _Tail) -> Position | None:
-        relations = self._snapshot.relations()
-        begin = end.begin if self._can_resume(end, relations) else None
-        done = end.done if begin is not None else frozenset()
-        self._sequence = end.sequence if begin is not None else 0
-        begin = begin or self._begin(relations)
-        todo = [
-            (relation, plan, chunk)
-            for relation, plan in zip(begin.relations, begin.plan, strict=True)
-            for chunk in range(len(plan.bounds) + 1)
-            if (relation.id, chunk) not in done
-        ]
-        total = len(todo) + len(done)
-        if not self._copy_all(begin, todo, total):
-            return None
-        head = ImageHead(_id(begin), self._sequence, begin.position.lsn)
-        self._ship.write_image([replace(self._ship.batch(Kind.IMAGE_END, begin.position), image=head)])
-        return begin.position
-
-    def _can_resume(self, end: _Tail, relations: Iterable[Relation]) -> bool:
-        """Only where no table has changed its shape since: rows of one table must be alike."""
-        if end.begin is None or self._ship.options.image == "new":
-            return False
-        now = {relation.id: relation for relation in relations}
-        same_leader = end.begin.position.source == self._snapshot.position.source
-        return same_leader and all(now.get(relation.id) == relation for relation in end.begin.relations)
-
-    def _begin(self, relations: Iterable[Relation]) -> Batch:
-        relations = tuple(relations)
-        plans = tuple(self._snapshot.plan(relation) for relation in relations)
-        position = self._snapshot.position
-        head = ImageHead(uuid.uuid4().hex, 0, position.lsn)
-        empty = self._ship.batch(Kind.IMAGE_BEGIN, position)
-        batch = replace(empty, image=head, relations=relations, plan=plans)
-        self._ship.write_image([batch])
-        return batch
-
-    def _copy_all(self, begin: Batch, todo: list[tuple[Relation, ChunkPlan, int]], total: int) -> bool:
-        with ThreadPoolExecutor(self._ship.options.workers, "cdc-image") as pool:
-            waiting = [pool.submit(self._copy_chunk, begin, *chunk) for chunk in todo]
-            try:
-                for done, future in enumerate(as_completed(waiting), total - len(todo) + 1):
-                    progress = future.result()
-                    if progress is None:
-                        return False
-                    self._ship.report(progress._replace(done=done, of=total))
-            finally:
-                for future in waiting:
-                    future.cancel()
-        return True
-
-    def _copy_chunk(self, begin: Batch, relation: Relation, plan: ChunkPlan, chunk: int) -> Progress | None:
-        if self._ship.stopped:
-            return None
-        parts = self._snapshot.read(relation, plan, chunk)
-        # Read ahead without the lock; what is larger than this is written while it is read, and others wait.
-        held = list(islice(parts, CHUNK_PARTS_HELD))
-        rows = size = 0
-        with self._lock:
-            batches: list[Batch] = []
-            for index, (part, last) in enumerate(_marking_last(chain(held, parts))):
-                head = ImageHead(
-                    _id(begin),
-                    self._sequence,
-                    self._snapshot.position.lsn,
-                    chunk,
-                    relation.id,
-                    part.rows,
-                    "binary" if part.form == "binary" else "text",
-                )
-                empty = self._ship.batch(Kind.IMAGE_CHUNK, begin.position)
-                batches.append(
-                    replace(empty, image=head, relations=(relation,), body=part.body, fragment=Fragment(index, last))
-                )
-                rows += part.rows
-                size += len(part.body)
-                if len(batches) == CHUNK_PARTS_HELD or last:
-                    self._ship.write_image(batches)
-                    batches.clear()
-            self._sequence += 1
-        return Progress("image", relation.label, rows=rows, size_bytes=size)
-
-
-def _id(begin: Batch) -> str:
-    assert begin.image is not None  # noqa: S101
-    return begin.image.id
-
-
-def _marking_last(items: Iterable[ImageChunk]) -> Iterator[tuple[ImageChunk, bool]]:
-    iterator = iter(items)
-    held = next(iterator)
-    for item in iterator:
-        yield held, False
-        held = item
-    yield held, True
-
-
 class _Follow:
     """One attempt at following. One read of the broker is one commit of the follower, unless a fragment is open."""
 
@@ -488,7 +288,7 @@ class _Follow:
         self._applier = applier
         self._codec = codec
         self._options = options
-        self._stop, self._report, self._progressed = hooks
+        self._stop, self._report, self._progressed, _ = hooks
         self._applied = Applied()
         self._committed = Applied()
         self._epoch = 0
@@ -501,7 +301,7 @@ class _Follow:
                 self._options.stream, offset, limit_bytes=GROUP_BYTES, wait_s=0 if self._stop.is_set() else 0.5
             )
             for message in messages:
-                batch = _decode(self._codec, self._options.stream, message.offset, message.body)
+                batch = decode(self._codec, self._options.stream, message.offset, message.body)
                 if batch.fragment == (0, False):
                     # What may have to be rolled back alone must stand alone.
                     self._commit(message.offset)
@@ -519,8 +319,16 @@ class _Follow:
         self._epoch, checkpoint = self._applier.claim(self._options.stream)
         if checkpoint is None:
             return self._broker.bounds(self._options.stream)[0]
-        self._applied = Applied(checkpoint.position, checkpoint.image)
-        return checkpoint.offset
+        self._applied = self._committed = Applied(checkpoint.position, checkpoint.image)
+        return self._newest_image(checkpoint) if self._options.reload else checkpoint.offset
+
+    def _newest_image(self, checkpoint: Checkpoint) -> int:
+        """The offset of the youngest image that is beyond the checkpoint, else the checkpoint's own."""
+        found = checkpoint.offset
+        for offset, batch in batches(self._broker, self._codec, self._options.stream):
+            if batch.kind is Kind.IMAGE_BEGIN and batch.position > checkpoint.position:
+                found = offset
+        return found
 
     def _reached(self, offset: int, end: int | None) -> bool:
         return (end is not None and offset >= end) or (self._applied.fragment == 0 and self._at_target())
@@ -544,7 +352,7 @@ class _Follow:
             until = self._until
             self._applier.apply(batch, after=self._applied.position, until=until)
         except CdcError as error:
-            raise _located(error, self._options.stream, offset, batch.position) from error
+            raise located(error, self._options.stream, offset, batch.position) from error
         self._applied = advance(batch, self._applied, until)
         self._uncommitted = True
         self._report(

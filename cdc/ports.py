@@ -4,9 +4,9 @@ Composition happens in :mod:`cdc.cli` alone. Third parties add an implementation
 ``cdc.shippers``, ``cdc.brokers`` and ``cdc.stores``.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 from cdc.position import Position
 from cdc.record import (
@@ -289,3 +289,17 @@ class Store(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class Progress(NamedTuple):
+    """Something to show. ``what``: image, stream, apply. ``of`` is 0 where the end is not known."""
+
+    what: Literal["image", "stream", "apply"]
+    subject: str
+    done: int = 0
+    of: int = 0
+    rows: int = 0
+    size_bytes: int = 0
+
+
+Report = Callable[[Progress], None]

@@ -6,7 +6,6 @@ within one source; comparing positions of two sources is an error, because such 
 
 import re
 from dataclasses import dataclass
-from functools import total_ordering
 
 from cdc.errors import UsageError
 
@@ -31,7 +30,6 @@ def format_lsn(lsn: int) -> str:
     return f"{lsn >> 32:X}/{lsn & 0xFFFFFFFF:X}"
 
 
-@total_ordering
 @dataclass(frozen=True, slots=True)
 class Position:
     """The end of one committed transaction of one leader.
@@ -44,10 +42,24 @@ class Position:
     epoch: int
     lsn: int
 
+    # Order goes by LSN alone: where one epoch branched off another, one place has two names.
+
     def __lt__(self, other: "Position") -> bool:
+        return self.lsn < self._comparable(other).lsn
+
+    def __le__(self, other: "Position") -> bool:
+        return self.lsn <= self._comparable(other).lsn
+
+    def __gt__(self, other: "Position") -> bool:
+        return self.lsn > self._comparable(other).lsn
+
+    def __ge__(self, other: "Position") -> bool:
+        return self.lsn >= self._comparable(other).lsn
+
+    def _comparable(self, other: "Position") -> "Position":
         if self.source != other.source:
             raise ValueError(f"positions of two sources have no order: {self} and {other}")
-        return self.lsn < other.lsn
+        return other
 
     def __str__(self) -> str:
         return format_lsn(self.lsn)

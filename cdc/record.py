@@ -40,9 +40,9 @@ class Format(StrEnum):
 class TypeDescription:
     """A type that is not built into PostgreSQL (OID 16384 and above): what a decoder must know of it.
 
-    ``base`` is the element of an array, the base of a domain, the subtype of a range, 0 otherwise.
-    (of a multirange, its range). ``labels`` are an enum's, in order. Kinds follow ``pg_type.typtype``, arrays told apart; ``base`` kind covers
-    extension types, whose bytes we pass on but cannot read.
+    ``base`` is the element of an array, the base of a domain, the subtype of a range, the range of a multirange, 0
+    otherwise. ``labels`` are an enum's, in order. Kinds follow ``pg_type.typtype``, arrays told apart; the kind "base"
+    covers extension types, whose bytes we pass on but cannot read.
     """
 
     oid: int
@@ -59,7 +59,8 @@ class Column:
 
     ``number`` is the attribute number, known only where the leader's catalog still agreed with the log when it was
     read; it tells a rename from a drop and an add. ``missing`` is the text of the value that rows older than the
-    column show (``pg_attribute.attmissingval``), None for NULL.
+    column show (``pg_attribute.attmissingval``), None for NULL. ``untold``: those rows may hold other values, which the
+    log does not tell: the column has a default but no such value, as when adding it rewrote the table.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Column:
     not_null: bool = False
     number: int | None = None
     missing: str | None = None
+    untold: bool = False
 
 
 @dataclass(frozen=True, slots=True)

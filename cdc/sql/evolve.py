@@ -4,7 +4,8 @@ PostgreSQL's log tells names, types and order of columns, not what was done to t
 both sides, tell exactly: a number never comes back. Without them only the cases that have one reading are read.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 from cdc.errors import SchemaError
 from cdc.ports import AddColumn, ChangeType, DropColumn, RenameColumn, RenameTable, SchemaChange
@@ -37,23 +38,63 @@ def changes(old: Relation, new: Relation) -> list[SchemaChange]:
     return found
 
 
+def numbered(new: Relation, old: Relation) -> Relation:
+    """``new`` with the attribute numbers that ``old`` knows of columns of the same name, where ``new`` has none.
+
+    The catalog was ahead of the log when ``new`` was read; the next description that has numbers finds them here.
+    """
+    if any(column.number is not None for column in new.columns):
+        return new
+    numbers = {column.name: column.number for column in old.columns}
+    return replace(new, columns=tuple(replace(each, number=numbers.get(each.name)) for each in new.columns))
+
+
 def _paired(old: Relation, new: Relation) -> list[tuple[Column, Column]]:
-    """The columns that are on both sides, under whatever name."""
-    if _numbered(old) and _numbered(new):
-        after = {column.number: column for column in new.columns}
-        return [(column, after[column.number]) for column in old.columns if column.number in after]
-    after_by_name = {column.name: column for column in new.columns}
-    pairs = [(column, after_by_name[column.name]) for column in old.columns if column.name in after_by_name]
-    gone = [column.name for column in old.columns if column.name not in after_by_name]
-    came = [column.name for column in new.columns if column.name not in {column.name for column in old.columns}]
-    if gone and came:
+    """The columns that are on both sides, under whatever name: by number, then by name, then by place."""
+    by_number = {column.number: column for column in new.columns if column.number is not None}
+    pairs = {column.name: by_number[column.number] for column in old.columns if column.number in by_number}
+    taken = {column.name for column in pairs.values()}
+    by_name = {column.name: column for column in new.columns if column.name not in taken}
+    for column in old.columns:
+        other = by_name.get(column.name)
+        if column.name not in pairs and other is not None and None in (column.number, other.number):
+            pairs[column.name] = other
+    pairs |= _renamed_in_place(old, new, pairs)
+    gone = [column for column in old.columns if column.name not in pairs]
+    came = [column for column in new.columns if column not in pairs.values()]
+    places = [new.columns.index(pairs[column.name]) for column in old.columns if column.name in pairs]
+    # Columns keep their order: a pair that does not was paired wrongly.
+    if places != sorted(places) or any(None in (one.number, other.number) for one in gone for other in came):
         raise SchemaError(
-            f"columns {gone} of {new.label} are gone and {came} came: "
-            "whether they were renamed, or dropped and added, the log does not tell",
+            f"columns of {new.label} changed from {_names(old.columns)} to {_names(new.columns)}: "
+            "which were renamed, and which dropped and added, the log does not tell",
             remedy=f"make the follower's table {new.label} equal to the leader's by hand, then start again "
             "with `--schema-changed`",
         )
-    return pairs
+    return [(column, pairs[column.name]) for column in old.columns if column.name in pairs]
+
+
+def _renamed_in_place(old: Relation, new: Relation, pairs: Mapping[str, Column]) -> dict[str, Column]:
+    """What was added stands at the end: one column for one between two that stayed is that column, renamed."""
+    found: dict[str, Column] = {}
+    rest = list(new.columns)
+    waiting: list[Column] = []
+    for column in old.columns:
+        kept = pairs.get(column.name)
+        if kept is None:
+            waiting.append(column)
+        elif kept in rest:
+            before_it = rest.index(kept)
+            came = [each for each in rest[:before_it] if each not in pairs.values()]
+            rest = rest[before_it + 1 :]
+            if len(came) == len(waiting):
+                found |= {before.name: after for before, after in zip(waiting, came, strict=True)}
+            waiting = []
+    return found
+
+
+def _names(columns: Iterable[Column]) -> list[str]:
+    return [column.name for column in columns]
 
 
 def _renames(names: dict[str, str]) -> Iterator[RenameColumn]:
@@ -76,7 +117,3 @@ def _redefined(old: Relation, new: Relation) -> set[int]:
     while more := {each.oid for each in new.types if each.base in found} - found:
         found |= more
     return found
-
-
-def _numbered(relation: Relation) -> bool:
-    return all(column.number is not None for column in relation.columns)

@@ -72,6 +72,7 @@ _DUCKDB: Final = {
     _UUID: Storage(Kind.UUID, "UUID"),
 }
 _NATIVE: Final = {"sqlite": _SQLITE, "duckdb": _DUCKDB}
+DIALECTS: Final = frozenset(_NATIVE)
 _AS_TEXT: Final = {"sqlite": Storage(Kind.TEXT, "TEXT"), "duckdb": Storage(Kind.TEXT, "VARCHAR")}
 
 

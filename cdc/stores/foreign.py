@@ -290,12 +290,12 @@ class ForeignFollower(ABC):
     def _add(self, relation: Relation, column: Column) -> None:
         table, name, types = self.table(relation), identifier(column.name), types_of(relation)
         declared = storage(column, types, self.dialect).declared
-        if (column.missing is None and column.not_null) or column.name in key_of(relation):
+        if column.untold or (column.missing is None and column.not_null) or column.name in key_of(relation):
             if not self.is_empty(relation):
                 raise SchemaError(
-                    f"the rows of {relation.label} got values of new column {column.name!r} that the log lacks",
-                    remedy="take a new image with `cdc ship --image new`, or add the column and its values by hand: "
-                    f"ALTER TABLE {table} ADD COLUMN {name} {declared}",
+                    f"the rows of {relation.label} may have values in new column {column.name!r} that the log lacks",
+                    remedy=f"ALTER TABLE {table} ADD COLUMN {name} {declared}, fill it from the leader, start again "
+                    "with `--schema-changed`; or take a new image with `cdc ship --image new`",
                 )
             self._create_anew(relation)
             return

@@ -49,6 +49,7 @@ class Assembler:
         self._after = after
         self._describe = describe
         self._relations: dict[int, Relation] = {}
+        self._latest: dict[int, Relation] = {}  # by whichever transaction it was described last
         self._left_out: set[int] = set()
         self._streams: dict[int, _Open] = {}
         self._prepared: dict[tuple[int, str], _Open] = {}
@@ -100,8 +101,7 @@ class Assembler:
             case pgoutput.StreamStop():
                 self._stop()
             case pgoutput.StreamCommit():
-                opened = self._streams.pop(message.xid)
-                self._relations |= opened.relations
+                opened = self._ended(message.xid)
                 opened.committed_us = message.committed_us
                 return self._finish(opened, message.end_lsn)
             case pgoutput.StreamAbort():
@@ -111,14 +111,13 @@ class Assembler:
             case pgoutput.LogicalMessage():
                 return self._message(message, frame)
             case pgoutput.Origin():
-                self.frames.append(frame)
+                self._origin(frame)
             case pgoutput.BeginPrepare():
                 self._open = _Open(message.xid)
             case pgoutput.Prepare():
                 self._prepare(self._take(), message.prepare_lsn, message.gid)
             case pgoutput.StreamPrepare():
-                opened = self._streams.pop(message.xid)
-                self._relations |= opened.relations
+                opened = self._ended(message.xid)
                 self._prepare(opened, message.prepare_lsn, message.gid)
             case pgoutput.CommitPrepared():
                 return self._commit_prepared(message)
@@ -175,19 +174,32 @@ class Assembler:
         if relation is None:
             self._left_out.add(message.id)
             return
+        self._left_out.discard(message.id)
+        self._latest[message.id] = relation
         if relation == self._relation(message.id):
             return
         if message.id in self._run:
             self.cut()
         (self._open.relations if self._in_stream and self._open else self._relations)[message.id] = relation
 
+    def _origin(self, frame: bytes) -> None:
+        """It alone carries no xid in a stream; :func:`_run` takes four bytes from each message."""
+        here = _XID.start
+        self.frames.append(frame[:here] + bytes(4) + frame[here:] if self._in_stream else frame)
+
     def _truncate(self, message: pgoutput.Truncate, frame: bytes) -> None:
         if self._in_stream and int.from_bytes(frame[_XID]) != self._subxid:
             self.cut()
             self._subxid = int.from_bytes(frame[_XID])
-        for relation_id in message.relation_ids:
+        kept = [relation_id for relation_id in message.relation_ids if relation_id not in self._left_out]
+        for relation_id in kept:
             self._name(relation_id)
-        self.frames.append(frame)
+        if len(kept) < len(message.relation_ids):
+            at = _XID.stop if self._in_stream else _XID.start
+            ids = b"".join([each.to_bytes(4) for each in kept])
+            frame = frame[:at] + len(kept).to_bytes(4) + frame[at + 4 : at + 5] + ids
+        if kept:
+            self.frames.append(frame)
 
     def _message(self, message: pgoutput.LogicalMessage, frame: bytes) -> Transaction | None:
         if message.transactional:
@@ -197,11 +209,12 @@ class Assembler:
             self.frames.append(frame)
             return None
         # It belongs to no transaction and takes effect at once; between commits its LSN is in order.
-        if not self.idle or message.lsn <= self.position.lsn:
+        if not self.idle or message.lsn < self.position.lsn:
             return None
         alone = _Open(0)
         alone.spool.add(0, _run({}, [frame], streamed=self._in_stream))
-        return self._finish(alone, message.lsn)
+        # The LSN is where the message begins, which the end of a commit right before it equals.
+        return self._finish(alone, message.lsn + 1)
 
     def _stream(self, xid: int) -> None:
         self.cut()
@@ -209,6 +222,15 @@ class Assembler:
         self._in_stream = True
         self._subxid = xid
         self.prefix = _STREAMED
+
+    def _ended(self, xid: int) -> _Open:
+        """The streamed transaction ``xid``, complete. Its descriptions hold for all, but for those made anew since."""
+        opened = self._streams.pop(xid, None)
+        if opened is None:
+            raise DecodeError(f"the leader ended the stream of transaction {xid}, which had not begun")
+        self.cut()
+        self._relations |= {id_: each for id_, each in opened.relations.items() if self._latest[id_] == each}
+        return opened
 
     def _stop(self) -> None:
         self.cut()

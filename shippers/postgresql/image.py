@@ -6,6 +6,7 @@ https://www.postgresql.org/docs/current/logicaldecoding-explanation.html#LOGICAL
 """
 
 import os
+import select
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Final
 from psycopg import pq
 from psycopg.errors import error_from_result
 
+from cdc.errors import TransientError
 from cdc.ports import ImageChunk
 from cdc.position import Position, parse_lsn
 from cdc.record import ChunkPlan, Relation
@@ -22,6 +24,7 @@ from cdc.sql.quote import identifier, literal, qualified
 from cdc.stores.postgresql.connect import Connection, connect, translate, translated
 from cdc.stores.postgresql.describe import describe, filters
 
+READERS: Final = 4  # connections that are opened at once; more are, where more threads ask
 CHUNK_BYTES: Final = 8 << 20  # of table per chunk: what a killed shipper or applier does again
 PART_BYTES: Final = 900 << 10  # of rows per message
 _UNKNOWN_ROW_BYTES: Final = 100  # where the table was never analyzed
@@ -51,6 +54,7 @@ class PostgresSnapshot:
         self._text = text
         self._idle: SimpleQueue[Connection] = SimpleQueue()
         self._sources: dict[int, _Source] = {}
+        self._relations: Sequence[Relation] = ()
 
     @property
     def position(self) -> Position:
@@ -59,7 +63,12 @@ class PostgresSnapshot:
     def relations(self) -> Sequence[Relation]:
         with self._connection() as connection:
             relations = describe(connection, publication=self._publication)
+            _lock(connection, relations)
+            _check_untouched(connection, relations)
             self._sources = _sources(connection, self._publication, relations, text=self._text)
+        self._relations = relations
+        for _ in range(READERS - 1):
+            self._idle.put(self._join())
         return relations
 
     def plan(self, relation: Relation) -> ChunkPlan:
@@ -98,6 +107,10 @@ class PostgresSnapshot:
         with translated():
             connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
             connection.execute(f"SET TRANSACTION SNAPSHOT {literal(self._name)}")
+            # Who waits for a table behind a TRUNCATE that waits for another of us would wait for ever. So each locks
+            # all tables before it reads, nearly at once, and the few moments in between end in another attempt.
+            connection.execute("SET LOCAL lock_timeout = '2s'")
+        _lock(connection, self._relations)
         return connection
 
     def close(self) -> None:
@@ -126,6 +139,33 @@ def snapshot(
             yield image
         finally:
             image.close()
+
+
+def _lock(connection: Connection, relations: Sequence[Relation]) -> None:
+    """Keep TRUNCATE and rewrites away until the image is read: they would empty a table for our snapshot too.
+
+    https://www.postgresql.org/docs/current/mvcc-caveats.html
+    """
+    with translated():
+        for relation in relations:
+            connection.execute(f"LOCK TABLE {qualified(relation.schema, relation.name)} IN ACCESS SHARE MODE".encode())
+
+
+def _check_untouched(connection: Connection, relations: Sequence[Relation]) -> None:
+    """:raises TransientError: a rewrite came between snapshot and lock; the next attempt takes another snapshot."""
+    with translated():
+        rows = connection.execute(_REWRITTEN, ([relation.id for relation in relations],)).fetchall()
+    if rows:
+        raise TransientError(f"{rows[0][0]} was truncated or rewritten while its image began")
+
+
+# The snapshot's pg_class beside the cache, which knows today's.
+_REWRITTEN: Final = """
+    SELECT c.oid::regclass::text FROM pg_class c
+    WHERE c.oid IN (SELECT coalesce(p.relid::oid, r.id) FROM unnest(%s::oid[]) r(id)
+                    LEFT JOIN LATERAL pg_partition_tree(r.id) p ON true)
+      AND c.relkind = 'r' AND c.relfilenode <> pg_relation_filenode(c.oid)
+"""
 
 
 def _sources(
@@ -187,35 +227,44 @@ def _beyond(relation: Relation, key: Sequence[str]) -> str:
 
 def _copy_out(connection: Connection, query: str, form: str) -> Iterator[ImageChunk]:
     """Rows in parts of about PART_BYTES, each a complete COPY body."""
-    wire = connection.pgconn
-    result = wire.exec_(f"COPY ({query}) TO STDOUT (FORMAT {form})".encode())
-    if result.status != pq.ExecStatus.COPY_OUT:
-        raise translate(error_from_result(result))
     head, tail = (_HEADER, _TRAILER) if form == "binary" else (b"", b"")
     rows: list[bytes] = []
     size = 0
-    first = True
-    while True:
-        with translated():
-            length, data = wire.get_copy_data(0)
-        if length < 0:
-            break
-        row = bytes(data)
-        if first and form == "binary":
-            # The file header stands before the first row in the same message.
-            row, first = row[len(_HEADER) :], False
-            length = len(row)
-        if row in {b"", _TRAILER} and form == "binary":
-            continue
+    for row in _copy_rows(connection, query, form):
         rows.append(row)
-        size += length
+        size += len(row)
         if size >= PART_BYTES:
             yield ImageChunk(head + b"".join(rows) + tail, len(rows), form)
             rows.clear()
             size = 0
-    result_after = wire.get_result()
-    if result_after is not None and result_after.status != pq.ExecStatus.COMMAND_OK:
-        raise translate(error_from_result(result_after))
-    while wire.get_result() is not None:
-        pass
     yield ImageChunk(head + b"".join(rows) + tail, len(rows), form)
+
+
+def _copy_rows(connection: Connection, query: str, form: str) -> Iterator[bytes]:
+    """The rows of COPY TO, one message each, without the binary form's header and trailer."""
+    wire = connection.pgconn
+    result = wire.exec_(f"COPY ({query}) TO STDOUT (FORMAT {form})".encode())
+    if result.status != pq.ExecStatus.COPY_OUT:
+        raise translate(error_from_result(result))
+    get, skip = wire.get_copy_data, len(_HEADER) if form == "binary" else 0
+    poll = select.poll()
+    poll.register(wire.socket, select.POLLIN)
+    with translated():
+        while True:
+            # Waiting in poll, not in libpq, lets the other threads work meanwhile.
+            length, data = get(1)
+            if length > 0:
+                row = bytes(data[skip:])  # the header stands before the first row in the same message
+                skip = 0
+                if row != _TRAILER:
+                    yield row
+            elif length == 0:
+                poll.poll()
+                wire.consume_input()
+            else:
+                break
+        ended = wire.get_result()
+        if ended is not None and ended.status != pq.ExecStatus.COMMAND_OK:
+            raise error_from_result(ended)
+        while wire.get_result() is not None:
+            pass

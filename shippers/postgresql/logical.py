@@ -8,13 +8,13 @@ import select
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Final, Literal
 
 from psycopg import pq
 from psycopg.errors import error_from_result
 
-from cdc.errors import ConfigurationError, DivergedError, FencedError, GapError, UnavailableError
+from cdc.errors import ConfigurationError, DivergedError, FencedError, GapError, TransientError, UnavailableError
 from cdc.ports import Snapshot
 from cdc.position import Position, format_lsn, parse_lsn
 from cdc.record import Column, Format, Heartbeat, Relation, Transaction
@@ -25,6 +25,8 @@ from cdc.wire import pgoutput
 from shippers.postgresql import image
 from shippers.postgresql.assemble import RUN_BYTES, Assembler
 
+_ANEW: Final = "run `cdc teardown` and `cdc setup`, then `cdc ship --image new`: followers load that image"
+_UNSTREAMED: Final[set[str]] = set()  # slots that this process found the server cannot stream
 STATUS_INTERVAL_S: Final = 10.0  # the server's default wal_sender_timeout is 60 s
 _XLOGDATA: Final = ord("w")
 HANDOVER_S: Final = 5.0  # how long a predecessor's half-dead session may hold the slot
@@ -63,6 +65,7 @@ class LogicalShipper:
         self._poll = select.poll()
         self._confirmed_lsn = 0
         self._status_due = 0.0
+        self._publication: int | None = None
 
     @classmethod
     def open(cls, url: str, options: Options) -> "LogicalShipper":
@@ -107,6 +110,7 @@ class LogicalShipper:
 
     def stream(self, after: Position, *, wait_s: float) -> Iterator[Transaction | Heartbeat]:
         self._check_history(after)
+        self._check_publication()
         slot = self._slot(after)
         self._assembler = Assembler(Position(self.source, self.timeline, after.lsn), self._describe)
         self._confirmed_lsn = slot.confirmed_lsn
@@ -170,11 +174,17 @@ class LogicalShipper:
         assert self._replication is not None  # noqa: S101
         result = self._replication.pgconn.get_result()
         if result is not None and result.status == pq.ExecStatus.FATAL_ERROR:
-            raise translate(error_from_result(result))
+            error = translate(error_from_result(result))
+            if "could not map filenumber" in str(error) and self._options.slot not in _UNSTREAMED:
+                # A bug of servers 16 to 18: streaming a transaction whose aborted subtransaction rewrote a table.
+                _UNSTREAMED.add(self._options.slot)
+                raise TransientError(f"{error}: trying without streaming") from error
+            raise error
         raise UnavailableError("the leader ended the replication stream (it is shutting down)")
 
     def _send_status_when_due(self) -> None:
         if time.monotonic() >= self._status_due:
+            self._check_publication()
             self._send_status()
 
     def _send_status(self) -> None:
@@ -192,7 +202,8 @@ class LogicalShipper:
         return None if is_ours(relation) else enrich(self._catalog, relation)
 
     def _start(self, lsn: int, *, two_phase: bool) -> None:
-        command = start_command(self._options, lsn, self._catalog.info.server_version, two_phase=two_phase)
+        options = replace(self._options, streaming=self._options.streaming and self._options.slot not in _UNSTREAMED)
+        command = start_command(options, lsn, self._catalog.info.server_version, two_phase=two_phase)
         deadline = time.monotonic() + HANDOVER_S
         while True:
             self._replication = connect(
@@ -224,7 +235,7 @@ class LogicalShipper:
             ).fetchone()
         if row is None:
             if after is not None:
-                raise GapError(f"slot {name!r} is gone: the leader no longer holds what follows {after}")
+                raise GapError(f"slot {name!r} is gone: the leader no longer holds what follows {after}", remedy=_ANEW)
             raise ConfigurationError(f"slot {name!r} does not exist", remedy="run `cdc setup` on the leader first")
         plugin, here, wal_status, confirmed, two_phase = row
         if plugin != "pgoutput" or not here:
@@ -233,7 +244,7 @@ class LogicalShipper:
                 remedy="name another slot with --slot, or drop that one and run `cdc setup`",
             )
         if wal_status == "lost":
-            raise GapError(f"slot {name!r} is invalidated: the leader forgot what follows {after or confirmed}")
+            raise GapError(f"slot {name!r} is invalidated: what follows {after or confirmed} is gone", remedy=_ANEW)
         if confirmed is None:
             raise ConfigurationError(f"slot {name!r} is not ready yet", remedy="wait until its creation has ended")
         lsn = parse_lsn(confirmed)
@@ -243,6 +254,22 @@ class LogicalShipper:
                 "it was recreated, or somebody else read it"
             )
         return _Slot(lsn, bool(two_phase))
+
+    def _check_publication(self) -> None:
+        """From 18 on the server leaves out what a missing publication would publish, without an error.
+
+        :raises ConfigurationError: it is gone, or another one than before.
+        """
+        name = self._options.publication
+        with translated():
+            row = self._catalog.execute("SELECT oid FROM pg_publication WHERE pubname = %s", (name,)).fetchone()
+        if row is None or self._publication not in {None, row[0]}:
+            raise ConfigurationError(
+                f"publication {name!r} " + ("does not exist" if row is None else "was made anew while shipping"),
+                remedy="run `cdc setup`, then take a new image with `cdc ship --image new`: "
+                "changes made without the publication are not in the log",
+            )
+        self._publication = row[0]
 
     def _check_history(self, after: Position) -> None:
         """Is ``after`` a place in this leader's past?"""

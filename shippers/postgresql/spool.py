@@ -50,7 +50,7 @@ class Spool:
             if self._file is None:
                 # Closed by close(), or by the garbage collector: the file has no name.
                 self._file = tempfile.TemporaryFile(prefix="cdc-spool-", buffering=0)  # noqa: SIM115
-            self._file.write(array("I", run.lengths).tobytes() + run.body)
+            _write(self._file, array("I", run.lengths).tobytes() + run.body)
         except OSError as error:
             raise LocalIOError(
                 f"cannot spool a transaction of {self.size_bytes} bytes in {tempfile.gettempdir()}: {error}",
@@ -78,6 +78,8 @@ class Spool:
     def _load(self, stored: _Stored) -> Run:
         assert self._file is not None  # noqa: S101
         data = self._file.read(4 * stored.messages + stored.body_bytes)
+        if len(data) < 4 * stored.messages + stored.body_bytes:
+            raise LocalIOError(f"a spooled run of {stored.body_bytes} bytes came back as {len(data)}")
         lengths = array("I", data[: 4 * stored.messages])
         return Run(stored.relations, lengths, data[4 * stored.messages :])
 
@@ -87,3 +89,10 @@ class Spool:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _write(file: IO[bytes], data: bytes) -> None:
+    """All of it: where the disk is full, a write is first cut short, and only the next one fails."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]

@@ -13,8 +13,6 @@ from cdc.errors import GapError, UsageError
 from cdc.ports import Broker
 from tests.fix_broker import BrokerFactory
 
-pytest_plugins = ["tests.fix_kafka"]
-
 PLENTY = 1 << 30
 HOSTILE_NAMES = [
     "..",

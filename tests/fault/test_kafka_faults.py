@@ -25,8 +25,6 @@ from cdc.errors import (
 from cdc.record import Message
 from tests.fix_kafka import KafkaServer, LocalKafka, SecureKafka, fresh_url
 
-pytest_plugins = ["tests.fix_kafka"]
-
 T = TypeVar("T")
 
 PLENTY = 1 << 30

@@ -580,7 +580,7 @@ COLUMN = b"b" + v("x")
         (b"", "empty .* at byte 0"),
         (b"Z", "'Z' of 1 bytes: unknown message type, at byte 0"),
         (b"\xff", "'ÿ' of 1 bytes: unknown message type, at byte 0"),
-        (b"B" + bytes(19), "'B' .* the transaction id is cut short, at byte 17"),
+        (b"B" + bytes(19), "'B' .* the transaction's beginning is cut short, at byte 1"),
         (b"B" + bytes(21), "'B' .* unexpected bytes after the message, at byte 21"),
         (b"E\0", "'E' .* unexpected bytes after the message, at byte 1"),
         (b"O" + bytes(8) + b"abc", "'O' .* the origin's name does not end, at byte 9"),

@@ -68,7 +68,8 @@ def enrich(connection: Connection, relation: Relation) -> Relation:
     """A relation that came with the log, with what today's catalog adds where the two still agree.
 
     They agree where the captured columns have the same names, types and modifiers in the same order. Attribute
-    numbers, NOT NULL, missing values and the primary key are then added; otherwise only the types that still exist.
+    numbers, NOT NULL, missing values and the primary key are then added; otherwise only the types that still exist, and
+    what older rows hold in the columns that are still there.
     """
     captured = {column.name for column in relation.columns}
     types = describe_types(connection, (column.type_oid for column in relation.columns))
@@ -78,6 +79,14 @@ def enrich(connection: Connection, relation: Relation) -> Relation:
             columns = (replace(new, key=old.key) for old, new in zip(relation.columns, today, strict=True))
             primary_key = now.primary_key if captured.issuperset(now.primary_key) else ()
             return replace(relation, columns=tuple(columns), primary_key=primary_key, types=types)
+        there = {_shape(column): column for column in today}
+        columns = (
+            replace(each, missing=there[_shape(each)].missing, untold=there[_shape(each)].untold)
+            if _shape(each) in there
+            else each
+            for each in relation.columns
+        )
+        return replace(relation, columns=tuple(columns), types=types)
     return replace(relation, types=types)
 
 
@@ -116,7 +125,8 @@ _COLUMNS: Final[LiteralString] = """
                     (SELECT array_to_string(l.attmissingval, '', NULL)
                      FROM pg_partition_tree(c.oid) t JOIN pg_attribute l ON l.attrelid = t.relid
                      WHERE t.isleaf AND l.attname = a.attname AND l.atthasmissing LIMIT 1)
-           END AS missing
+           END AS missing,
+           a.atthasdef OR a.attidentity <> '' AS has_default
     FROM tables t
     JOIN pg_class c ON c.oid = t.id
     JOIN pg_namespace s ON s.oid = c.relnamespace
@@ -152,7 +162,16 @@ def _relation(rows: Sequence[Any], reached: "_Types") -> Relation:
         name=table.name,
         identity=table.identity,
         columns=tuple(
-            Column(row.column, row.type_oid, row.modifier, bool(row.key), row.not_null, row.number, row.missing)
+            Column(
+                row.column,
+                row.type_oid,
+                row.modifier,
+                bool(row.key),
+                row.not_null,
+                row.number,
+                row.missing,
+                untold=row.has_default and row.missing is None,
+            )
             for row in rows
         ),
         primary_key=tuple(name for _, name in in_key) if len(in_key) == (table.key_columns or 0) else (),

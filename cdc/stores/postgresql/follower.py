@@ -8,6 +8,7 @@ after the other, so that neither way looks into a value.
 
 import json
 import re
+import select
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -109,7 +110,7 @@ class PostgresFollower:
         self._connection = connection
         self._url = url
         self._wire = connection.pgconn
-        self._wire.nonblocking = 0
+        self._poll = select.poll()
         self._targets: dict[tuple[str, str], dict[str, _Target]] = {}
         self._prepared: dict[str, bytes] = {}
         self._open = False
@@ -310,10 +311,11 @@ class PostgresFollower:
         name = identifier(column.name)
         if column.name in self._look(relation):
             return
-        if column.not_null and column.missing is None and not self.is_empty(relation):
+        if (column.untold or (column.not_null and column.missing is None)) and not self.is_empty(relation):
             raise SchemaError(
-                f"column {column.name!r} of {relation.label} came with a value for each row that the log does not tell",
-                remedy=f"ALTER TABLE {_name(relation)} ADD COLUMN {name} {sql}, and fill it from the leader",
+                f"the rows of {relation.label} may have values in new column {column.name!r} that the log lacks",
+                remedy=f"ALTER TABLE {_name(relation)} ADD COLUMN {name} {sql}, fill it from the leader, start again "
+                "with `--schema-changed`; or take a new image with `cdc ship --image new`",
             )
         for description in relation.types:
             self._create_type(description, types)
@@ -496,18 +498,17 @@ class PostgresFollower:
 
     def _copy(self, relation: Relation, names: Sequence[str], body: bytes, form: str) -> int:
         columns = ", ".join(map(identifier, names))
-        self._check(self._wire.exec_(f"COPY {_name(relation)} ({columns}) FROM STDIN (FORMAT {form})".encode()))
+        self._run(f"COPY {_name(relation)} ({columns}) FROM STDIN (FORMAT {form})")
         with translated():
             self._wire.put_copy_data(body)
             self._wire.put_copy_end()
-            result = self._wire.get_result()
-            while self._wire.get_result() is not None:
-                pass
+            result = self._answer()
         return self._check(result).command_tuples or 0
 
     def _run(self, query: str) -> None:
         with translated():
-            result = self._wire.exec_(query.encode())
+            self._wire.send_query(query.encode())
+            result = self._answer()
         self._check(result)
 
     def _execute(self, query: str, *values: bytes | None) -> "pq.abc.PGresult":
@@ -519,8 +520,31 @@ class PostgresFollower:
                 self._check(self._wire.prepare(name, query.encode()))
                 self._prepared[query] = name
             formats = [1 if value is not None and "unnest(" in query else 0 for value in values]
-            result = self._wire.exec_prepared(name, values, formats)  # type: ignore[arg-type]  # None is NULL
+            self._wire.send_query_prepared(name, values, formats)  # None is NULL
+            result = self._answer()
         return self._check(result)
+
+    def _answer(self) -> "pq.abc.PGresult | None":
+        """Send what was queued, and wait for the answer here: libpq would hold the interpreter's lock meanwhile."""
+        wire, poll = self._wire, self._poll
+        poll.register(wire.socket, select.POLLIN | select.POLLOUT)
+        while wire.flush():
+            if any(event & select.POLLIN for _, event in poll.poll()):
+                wire.consume_input()
+        poll.register(wire.socket, select.POLLIN)
+        answer = None
+        while True:
+            while wire.is_busy():
+                poll.poll()
+                wire.consume_input()
+            result = wire.get_result()
+            if result is None:
+                return answer
+            if answer is None or answer.status != pq.ExecStatus.FATAL_ERROR:
+                answer = result
+            # The server waits for rows; or the connection is lost, which would be told again and again.
+            if result.status == pq.ExecStatus.COPY_IN or wire.status != pq.ConnStatus.OK:
+                return answer
 
     def _values(self, query: str, *values: str) -> list[tuple[str | None, ...]]:
         with translated():

@@ -19,9 +19,7 @@ from cdc.stores.postgresql.follower import connect_follower
 from shippers.postgresql.logical import LogicalShipper, Options
 from tests.fix_kafka import KafkaServer, fresh_url
 from tests.fix_postgresql import DatabaseFactory
-from tests.unit.test_debezium_live import CHANGES, ROWS, TABLES, Leader, assert_equal, run
-
-pytest_plugins = ["tests.fix_kafka"]
+from tests.integration.test_debezium_live import CHANGES, ROWS, TABLES, Leader, assert_equal, run
 
 
 def with_partitions(url: str, count: int) -> str:

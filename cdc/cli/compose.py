@@ -1,0 +1,30 @@
+"""How the built-in parts are opened; see :mod:`cdc.registry`. Imports what it opens only then."""
+
+from typing import Final
+
+from cdc.ports import Follower, Shipper, Store
+from cdc.registry import Capture
+
+
+def open_postgresql_logical(url: str, capture: Capture) -> Shipper:
+    """PostgreSQL's logical log."""
+    from shippers.postgresql.logical import LogicalShipper, Options
+
+    return LogicalShipper.open(url, Options(capture.publication, capture.slot, capture.values))
+
+
+class _Postgresql:
+    """Both sides of PostgreSQL, each with only the modules it needs."""
+
+    def connect_store(self, url: str) -> Store:
+        from cdc.stores.postgresql.eyes import connect_store
+
+        return connect_store(url)
+
+    def connect_follower(self, url: str) -> Follower:
+        from cdc.stores.postgresql.follower import connect_follower
+
+        return connect_follower(url)
+
+
+POSTGRESQL: Final = _Postgresql()

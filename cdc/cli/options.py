@@ -1,0 +1,236 @@
+"""Every command, its arguments, options and example: one table for the parser, the environment and the file."""
+
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from typing import Final, Literal, NamedTuple
+
+from cdc.config import Option
+from cdc.errors import UsageError
+from cdc.position import parse_lsn
+from cdc.record import Format
+
+
+class Argument(NamedTuple):
+    """A positional argument. ``nargs`` as argparse has it."""
+
+    name: str
+    help: str
+    nargs: str | None = None
+
+
+class Command(NamedTuple):
+    """One command; ``module`` has its ``run(settings) -> exit status``."""
+
+    module: str
+    help: str
+    arguments: tuple[Argument, ...]
+    options: tuple[Option, ...]
+    example: str
+
+
+def _choice(*choices: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"not one of {', '.join(choices)}")
+        return text
+
+    return parse
+
+
+def _number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        number = kind(text)
+        if not low <= number <= high:
+            raise ValueError(f"not between {low:g} and {high:g}")
+        return number
+
+    return parse
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise ValueError("an empty name")
+    return names
+
+
+def _format(text: str) -> Format:
+    try:
+        return Format(text)
+    except ValueError:
+        raise UsageError(
+            f"unknown format {text!r}", remedy=f"the formats are {', '.join(Format)}; built so far: logical"
+        ) from None
+
+
+def _ship_until(text: str) -> int | Literal["now"]:
+    return "now" if text == "now" else parse_lsn(text)
+
+
+def _apply_until(text: str) -> int | Literal["end"]:
+    return "end" if text in {"end", "now"} else parse_lsn(text)
+
+
+STREAM = Option(
+    "stream", "the stream's name, by default cdc_DATABASE; for a reader the broker's only one", metavar="NAME"
+)
+TABLES = Option("tables", "only these tables, as schema.table, separated by commas", _names, metavar="LIST")
+SCHEMAS = Option("schemas", "only the tables of these schemas, separated by commas", _names, metavar="LIST")
+PUBLICATION = Option("publication", "the publication's name, by default the stream's", metavar="NAME")
+SLOT = Option("slot", "the replication slot's name, by default the stream's", metavar="NAME")
+FORMAT = Option("format", "the kind of log: logical", _format, Format.LOGICAL)
+RETRY_S = Option(
+    "retry-s", "seconds of retries without progress before giving up (default 60)", _number(float, 0, 1e9), 60.0, "S"
+)
+METRICS = Option("metrics", "serve Prometheus metrics on 127.0.0.1 at this port", _number(int, 1, 65535), None, "PORT")
+DRY_RUN = Option("dry-run", "print the statements, change nothing", None, False)
+
+CONFIG = Option("config", "a TOML file with options (flags > environment CDC_… > file)", metavar="FILE")
+JSON = Option("json", "print JSON in the stable form of docs/json.md", None, False)
+QUIET = Option("quiet", "print errors and results only", None, False)
+VERBOSE = Option("verbose", "show where an error came from", None, False)
+COMMON: Final = (CONFIG, JSON, QUIET, VERBOSE)
+
+_LEADER = Argument("leader", "postgresql://user@host:port/database")
+_BROKER = Argument("broker", "file:///path/of/the/log")
+_FOLLOWER = Argument("follower", "postgresql://…, sqlite:///… or duckdb:///…")
+_NAMES: Final = (STREAM, PUBLICATION, SLOT)
+
+COMMANDS: Final[Mapping[str, Command]] = {
+    "setup": Command(
+        "cdc.cli.leader",
+        "make a leader ready: replica identities, publication, replication slot",
+        (_LEADER,),
+        (FORMAT, *_NAMES, TABLES, SCHEMAS, DRY_RUN),
+        "cdc setup postgresql://postgres@db1:5432/shop --format logical --dry-run",
+    ),
+    "teardown": Command(
+        "cdc.cli.leader",
+        "take the slot and the publication of a leader away again",
+        (_LEADER,),
+        (FORMAT, *_NAMES, DRY_RUN),
+        "cdc teardown postgresql://postgres@db1:5432/shop",
+    ),
+    "check": Command(
+        "cdc.cli.leader",
+        "look for what would stop a stream, or what it cannot carry, and print what mends it",
+        (Argument("url", "the leader or follower"),),
+        (
+            Option("as", "leader or follower; by default leader for PostgreSQL", _choice("leader", "follower")),
+            *_NAMES,
+        ),
+        "cdc check postgresql://postgres@db1:5432/shop",
+    ),
+    "ship": Command(
+        "cdc.cli.carry",
+        "carry a leader's log into a broker, until stopped or up to a position",
+        (_LEADER, _BROKER),
+        (
+            FORMAT,
+            *_NAMES,
+            Option("until", "stop at this LSN, or at what is committed now", _ship_until, metavar="LSN|now"),
+            Option(
+                "values",
+                "how values travel: binary, or text for types that have no portable binary form",
+                _choice("binary", "text"),
+                "binary",
+            ),
+            Option(
+                "image",
+                "copy the tables first: auto (where the topic holds no copy), new or never",
+                _choice("auto", "new", "never"),
+                "auto",
+            ),
+            Option("workers", "connections that copy the image (default 4)", _number(int, 1, 64), 4, "N"),
+            Option(
+                "linger-ms",
+                "how long a transaction waits for others to share its message (default 5)",
+                _number(float, 0, 60_000),
+                5.0,
+                "MS",
+            ),
+            RETRY_S,
+            METRICS,
+        ),
+        "cdc ship postgresql://postgres@db1:5432/shop file:///var/lib/cdc/log --format logical",
+    ),
+    "apply": Command(
+        "cdc.cli.carry",
+        "rebuild a follower from a broker's topic, until stopped or up to a position",
+        (_BROKER, _FOLLOWER),
+        (
+            STREAM,
+            Option("until", "stop at this LSN, or at what the topic holds now (end)", _apply_until, metavar="LSN|end"),
+            Option("reload", "begin at the topic's newest image, if it is younger than the follower", None, False),
+            Option("schema-changed", "the follower's tables were made to fit the leader's by hand", None, False),
+            RETRY_S,
+            METRICS,
+        ),
+        "cdc apply file:///var/lib/cdc/log sqlite:////var/lib/cdc/shop.db --until end",
+    ),
+    "status": Command(
+        "cdc.cli.status",
+        "show how far a leader's slot, a broker's topic and followers are",
+        (Argument("urls", "a leader, a broker, followers: any of them", "+"),),
+        _NAMES,
+        "cdc status postgresql://postgres@db1:5432/shop file:///var/lib/cdc/log sqlite:////var/lib/cdc/shop.db",
+    ),
+    "verify": Command(
+        "cdc.cli.verify",
+        "compare a follower with its leader, row by row",
+        (_LEADER, _FOLLOWER),
+        (
+            *_NAMES,
+            TABLES,
+            SCHEMAS,
+            Option(
+                "keys", "how many differing keys of each kind to show (default 10)", _number(int, 0, 10_000), 10, "N"
+            ),
+            Option(
+                "wait",
+                "seconds to wait for the follower to reach the leader (default 0)",
+                _number(float, 0, 1e9),
+                0.0,
+                "S",
+            ),
+        ),
+        "cdc verify postgresql://postgres@db1:5432/shop sqlite:////var/lib/cdc/shop.db --wait 30",
+    ),
+    "inspect": Command(
+        "cdc.cli.inspect",
+        "show what is in a broker's topic",
+        (_BROKER,),
+        (
+            STREAM,
+            Option(
+                "from",
+                "the first offset to show, by default the first there is",
+                _number(int, 0, 1 << 62),
+                None,
+                "OFFSET",
+            ),
+            Option("limit", "how many batches to show, by default all", _number(int, 0, 1 << 62), None, "N"),
+            Option("rows", "show the changes too", None, False),
+        ),
+        "cdc inspect file:///var/lib/cdc/log --rows --limit 3",
+    ),
+    "demo": Command(
+        "cdc.cli.demo",
+        "watch the whole thing work, on embedded parts, in less than a minute",
+        (),
+        (
+            Option("directory", "where to keep the parts, by default a temporary directory", metavar="DIR"),
+            Option("keep", "do not remove the directory", None, False),
+            Option("seconds", "how long the workload runs (default 5)", _number(float, 1, 3600), 5.0, "S"),
+        ),
+        "cdc demo",
+    ),
+}
+
+
+def options_of(command: str) -> tuple[Option, ...]:
+    return (*COMMANDS[command].options, *COMMON)
+
+
+class Settings(Namespace):
+    """Everything a command was told: its arguments by name, its options by key."""
