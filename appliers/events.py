@@ -120,8 +120,11 @@ class _Apply:
         """Own every partition there is by now."""
         prefix = self._options.prefix + "."
         found = [place for place in self._broker.places() if place.topic.startswith(prefix) and place not in self._read]
-        apart = _NOT_DATA if self._options.transactions else (*_NOT_DATA, _TRANSACTIONS)
-        found = [place for place in found if not place.topic.endswith(apart)]
+        # By whole name: a table may be called `message` too.
+        apart = {self._options.prefix + name for name in _NOT_DATA}
+        if not self._options.transactions:
+            apart.add(self._options.prefix + _TRANSACTIONS)
+        found = [place for place in found if place.topic not in apart]
         if found:
             self._follower.begin()
             for place in found:

@@ -9,7 +9,6 @@ import argparse
 import json
 import resource
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import psycopg
 
+from benchmarks.common import cdc, sql, timed, transactions, value
 from cdc.stores.embedded import EmbeddedPostgres
 
 TABLE = "CREATE TABLE t (id int PRIMARY KEY, a int, b text, c timestamptz DEFAULT now())"
@@ -45,30 +45,30 @@ def _round(
     leader, follower = servers
     name = f"bench{number}"
     for server in servers:
-        _sql(server.url(), f"CREATE DATABASE {name}")
+        sql(server.url(), f"CREATE DATABASE {name}")
     source, target = leader.url(name), follower.url(name)
     topic = f"file://{directory / name}"
-    _sql(source, TABLE)
-    _cdc("setup", source)
-    _cdc("ship", source, topic, "--until", "now")
-    _cdc("apply", topic, target, "--until", "end")
+    sql(source, TABLE)
+    cdc("setup", source)
+    cdc("ship", source, topic, "--until", "now")
+    cdc("apply", topic, target, "--until", "end")
     for slot in ("received", "subscribed"):
-        _sql(source, f"SELECT pg_create_logical_replication_slot('{slot}{number}', 'pgoutput')")
-    _sql(source, f"INSERT INTO t SELECT g, g % 100, 'row number ' || g FROM generate_series(1, {rows}) g")
-    _updates(source, updates)
+        sql(source, f"SELECT pg_create_logical_replication_slot('{slot}{number}', 'pgoutput')")
+    sql(source, f"INSERT INTO t SELECT g, g % 100, 'row number ' || g FROM generate_series(1, {rows}) g")
+    transactions(source, "UPDATE t SET a = a + 1 WHERE id = %(n)s", updates)
     messages = rows + 2 + 3 * updates
 
     ours, theirs = _in_turn(
         number,
-        lambda: _cdc("ship", source, topic, "--until", "now"),
+        lambda: cdc("ship", source, topic, "--until", "now"),
         lambda: _received(leader, name, f"received{number}", directory / "received"),
     )
     applied, subscribed = _in_turn(
         number,
-        lambda: _cdc("apply", topic, target, "--until", "end"),
+        lambda: cdc("apply", topic, target, "--until", "end"),
         lambda: _subscribed(source, follower, name, number, updates),
     )
-    _cdc("verify", source, target)
+    cdc("verify", source, target)
     return {
         "messages": messages,
         "ship_messages_per_s": round(messages / ours),
@@ -84,19 +84,13 @@ def _round(
 def _in_turn(number: int, ours: Callable[[], object], theirs: Callable[[], object]) -> tuple[float, float]:
     """Time both; who goes first changes from round to round."""
     if number % 2:
-        second = _timed(theirs)
-        return _timed(ours), second
-    return _timed(ours), _timed(theirs)
-
-
-def _timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+        second = timed(theirs)
+        return timed(ours), second
+    return timed(ours), timed(theirs)
 
 
 def _received(leader: EmbeddedPostgres, database: str, slot: str, out: Path) -> None:
-    end = _value(leader.url(database), "SELECT pg_current_wal_flush_lsn()")
+    end = value(leader.url(database), "SELECT pg_current_wal_flush_lsn()")
     subprocess.run(
         [
             str(leader.bindir / "pg_recvlogical"),
@@ -121,8 +115,8 @@ def _received(leader: EmbeddedPostgres, database: str, slot: str, out: Path) -> 
 def _subscribed(source: str, follower: EmbeddedPostgres, database: str, number: int, updates: int) -> None:
     """Until the last update is there, in a database of its own on the same server."""
     own = f"subscribed{number}"
-    _sql(follower.url(), f"CREATE DATABASE {own}")
-    _sql(follower.url(own), TABLE)
+    sql(follower.url(), f"CREATE DATABASE {own}")
+    sql(follower.url(own), TABLE)
     with psycopg.connect(follower.url(own), autocommit=True) as connection:
         connection.execute(
             f"CREATE SUBSCRIPTION {own} CONNECTION '{source}' PUBLICATION cdc_{database}"
@@ -133,32 +127,6 @@ def _subscribed(source: str, follower: EmbeddedPostgres, database: str, number: 
         connection.execute(f"ALTER SUBSCRIPTION {own} DISABLE")
         connection.execute(f"ALTER SUBSCRIPTION {own} SET (slot_name = NONE)")
         connection.execute(f"DROP SUBSCRIPTION {own}")
-
-
-def _updates(url: str, count: int) -> None:
-    """One-row transactions, fast: what is measured is reading them back."""
-    with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute("SET synchronous_commit = off")
-        with connection.pipeline():
-            for number in range(1, count + 1):
-                connection.execute("UPDATE t SET a = a + 1 WHERE id = %s", [number])
-        connection.execute("SELECT pg_switch_wal()")
-
-
-def _cdc(*arguments: str) -> None:
-    quiet = [] if arguments[0] == "setup" else ["--quiet"]
-    subprocess.run([sys.executable, "-m", "cdc", *arguments, *quiet], check=True)
-
-
-def _sql(url: str, statement: str) -> None:
-    with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute(statement)
-
-
-def _value(url: str, statement: str) -> object:
-    with psycopg.connect(url, autocommit=True) as connection:
-        row = connection.execute(statement).fetchone()
-        return row[0] if row else None
 
 
 if __name__ == "__main__":

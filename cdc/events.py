@@ -1,7 +1,7 @@
 """Records with a key, headers and a partition: what portable events need of a broker beyond bodies in order.
 
 :class:`EventBroker` is the contract. :class:`PackedEvents` keeps it over any plain :class:`cdc.ports.Broker`, a topic
-for each partition; ``cdc.brokers.kafka_events`` keeps it over Kafka, whose records have all of that themselves.
+for each partition; ``cdc.brokers.kafka.events`` keeps it over Kafka, whose records have all of that themselves.
 """
 
 import struct

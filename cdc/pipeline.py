@@ -99,7 +99,7 @@ def ship(
             hooks = _Hooks(stop, report, progressed, began_image)
             _Ship(shipper, broker, codec, replace(options, image=image[0]), hooks).run(target[0] if target else None)
 
-    _retrying(attempt, options.retry_s, stop)
+    retrying(attempt, options.retry_s, stop)
 
 
 def follow(
@@ -123,10 +123,10 @@ def follow(
                 end.append(broker.bounds(options.stream)[1])
             _Follow(broker, applier, codec, options, _Hooks(stop, report, progressed)).run(end[0] if end else None)
 
-    _retrying(attempt, options.retry_s, stop)
+    retrying(attempt, options.retry_s, stop)
 
 
-def _retrying(attempt: Callable[[Callable[[], None]], None], budget_s: float, stop: threading.Event) -> None:
+def retrying(attempt: Callable[[Callable[[], None]], None], budget_s: float, stop: threading.Event) -> None:
     """Attempt until one ends well. Progress refills the budget of time in which none is made."""
     deadline = time.monotonic() + budget_s
     tries = 0

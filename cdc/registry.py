@@ -2,9 +2,11 @@
 
 The built-in ones stand in a table, one line each, and are imported only when asked for: reading the metadata of every
 installed distribution would cost each start several times what the lookup is worth. Every other scheme is looked up
-among the entry points of the groups ``cdc.shippers``, ``cdc.brokers`` and ``cdc.stores``.
+among the entry points of the groups ``cdc.shippers``, ``cdc.brokers``, ``cdc.event_brokers`` and ``cdc.stores``.
 
 - ``cdc.brokers``: ``scheme = "module:connect"``, called as ``connect(url, create=bool) -> Broker``;
+- ``cdc.event_brokers``: as ``connect(url, create=bool, partitions=int | None) -> EventBroker``; what has none keeps
+  portable events in plain topics, one for each partition;
 - ``cdc.stores``: ``scheme = "module"`` with ``connect_store(url) -> Store`` and, unless it is never a follower,
   ``connect_follower(url) -> Follower``;
 - ``cdc.shippers``: ``"scheme.format" = "module:open"``, called as ``open(url, Capture) -> Shipper``.
@@ -16,14 +18,16 @@ from importlib import import_module
 from typing import Any, Final, Literal, NamedTuple, Protocol
 
 from cdc.errors import ConfigurationError, UsageError
+from cdc.events import EventBroker, PackedEvents
 from cdc.ports import Broker, Follower, Shipper, Store
 from cdc.record import Format
 
-Group = Literal["cdc.shippers", "cdc.brokers", "cdc.stores"]
+Group = Literal["cdc.shippers", "cdc.brokers", "cdc.event_brokers", "cdc.stores"]
 
 BUILT_IN: Final[Mapping[Group, Mapping[str, str]]] = {
     "cdc.shippers": {"postgresql.logical": "cdc.cli.compose:open_postgresql_logical"},
     "cdc.brokers": {"file": "cdc.brokers.embedded:connect", "kafka": "cdc.brokers.kafka:connect"},
+    "cdc.event_brokers": {"kafka": "cdc.cli.compose:open_kafka_events"},
     "cdc.stores": {
         "postgresql": "cdc.cli.compose:POSTGRESQL",
         "sqlite": "cdc.stores.sqlite",
@@ -52,6 +56,12 @@ class BrokerPlug(Protocol):
     """How a broker is opened. ``create`` is false for those who only read."""
 
     def __call__(self, url: str, *, create: bool) -> Broker: ...
+
+
+class EventBrokerPlug(Protocol):
+    """How a broker of events is opened. ``partitions``: of the topics that it creates, None for its default."""
+
+    def __call__(self, url: str, *, create: bool, partitions: int | None) -> EventBroker: ...
 
 
 class StorePlug(Protocol):
@@ -102,6 +112,23 @@ def broker(url: str) -> BrokerPlug:
     """:raises UsageError: no broker is known for that scheme."""
     found: BrokerPlug = _of_scheme("cdc.brokers", url, "broker")
     return found
+
+
+def event_broker(url: str) -> EventBrokerPlug:
+    """How portable events are kept in the broker at ``url``: by its own means, or packed into plain topics.
+
+    :raises UsageError: no broker is known for that scheme.
+    """
+    scheme = scheme_of(url)
+    if scheme in names("cdc.event_brokers"):
+        found: EventBrokerPlug = load("cdc.event_brokers", scheme)
+        return found
+    plain = broker(url)
+
+    def connect(url: str, *, create: bool, partitions: int | None) -> EventBroker:
+        return PackedEvents(plain(url, create=create), partitions=partitions or 1)
+
+    return connect
 
 
 def store(url: str) -> StorePlug:

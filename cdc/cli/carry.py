@@ -9,10 +9,11 @@ from types import FrameType
 
 from cdc import registry
 from cdc.cli.console import Console
-from cdc.cli.options import Settings
+from cdc.cli.options import EVENTS_IN, EVENTS_OUT, NATIVE, NATIVE_IN, Settings
 from cdc.cli.progress import Meter, WatchedCodec, metrics
 from cdc.cli.urls import only_topic, shown
-from cdc.errors import CdcError
+from cdc.config import Option
+from cdc.errors import CdcError, UsageError
 from cdc.pipeline import ApplyOptions, ShipOptions, follow, ship
 from cdc.ports import Applier, Broker, Shipper
 from cdc.record import Batch, Message
@@ -25,12 +26,37 @@ def run(settings: Settings) -> int:
     return {"ship": _ship, "apply": _apply}[settings.command](settings)
 
 
+def _check_codec(settings: Settings) -> None:
+    """
+    :raises UsageError: an option that means nothing with the codec that was chosen.
+    """
+    if settings.codec == NATIVE:
+        options = EVENTS_OUT if settings.command == "ship" else EVENTS_IN
+        _refuse(settings, options, "is for portable events", "add --codec debezium-json, or leave it out")
+    elif settings.command == "apply":
+        _refuse(settings, NATIVE_IN, "is for native streams", "leave it out")
+        if isinstance(settings.until, int):
+            raise UsageError("events are not applied up to an LSN", remedy="use --until end")
+
+
+def _refuse(settings: Settings, options: Sequence[Option], what: str, remedy: str) -> None:
+    for option in options:
+        if getattr(settings, option.key) != option.default:
+            raise UsageError(f"--{option.name} {what}", remedy=remedy)
+
+
 def _ship(settings: Settings) -> int:
     from cdc.cli.session import names_of_url
 
+    _check_codec(settings)
     open_log = registry.shipper(settings.leader, settings.format)
-    open_broker = registry.broker(settings.broker)
     names = names_of_url(settings.leader, settings)
+    open_broker, what = registry.broker(settings.broker), f"stream {names.stream}"
+    if settings.codec != NATIVE:
+        from cdc.cli import events
+
+        open_broker = events.topics(settings, names.stream)
+        what += f", as events under {events.prefix_of(settings, names.stream)}"
     capture = Capture(names.publication, names.slot, settings.values)
     options = ShipOptions(
         names.stream,
@@ -49,7 +75,7 @@ def _ship(settings: Settings) -> int:
         return open_broker(settings.broker, create=True)
 
     def loop(codec: WatchedCodec, stop: threading.Event, meter: Meter) -> None:
-        meter.say(f"shipping {shown(settings.leader)} to {shown(settings.broker)}, stream {names.stream}")
+        meter.say(f"shipping {shown(settings.leader)} to {shown(settings.broker)}, {what}")
         ship(shipper, broker, codec, options, stop=stop, report=meter)
 
     return _carry(settings, names.stream, "shipped", loop)
@@ -58,6 +84,9 @@ def _ship(settings: Settings) -> int:
 def _apply(settings: Settings) -> int:
     from appliers.rows import RowsApplier
 
+    _check_codec(settings)
+    if settings.codec != NATIVE:
+        return _apply_events(settings)
     open_broker = registry.broker(settings.broker)
     store = registry.store(settings.follower)
     with closing(open_broker(settings.broker, create=False)) as first:
@@ -81,6 +110,19 @@ def _apply(settings: Settings) -> int:
             end.reached()
 
     return _carry(settings, stream, "applied", loop)
+
+
+def _apply_events(settings: Settings) -> int:
+    from cdc.cli import events
+
+    options = events.apply_options(settings)
+
+    def loop(_: WatchedCodec, stop: threading.Event, meter: Meter) -> None:
+        what = f"the events under {options.prefix} of {shown(settings.broker)}"
+        meter.say(f"applying {what} to {shown(settings.follower)}, stream {options.stream}")
+        events.follow(settings, options, stop, meter)
+
+    return _carry(settings, options.stream, "applied", loop)
 
 
 def _tell_losses(image: Batch, dialect: str, meter: Meter) -> None:

@@ -2,6 +2,8 @@
 
 from typing import Final
 
+from cdc.errors import UsageError
+from cdc.events import EventBroker
 from cdc.ports import Follower, Shipper, Store
 from cdc.registry import Capture
 
@@ -11,6 +13,21 @@ def open_postgresql_logical(url: str, capture: Capture) -> Shipper:
     from shippers.postgresql.logical import LogicalShipper, Options
 
     return LogicalShipper.open(url, Options(capture.publication, capture.slot, capture.values))
+
+
+def open_kafka_events(url: str, *, create: bool, partitions: int | None) -> EventBroker:
+    """Kafka's own keys, headers and partitions.
+
+    :raises UsageError: the URL tells how many partitions, too.
+    """
+    from cdc.brokers.kafka.events import connect
+
+    _, asks, query = url.partition("?")
+    if partitions is not None:
+        if any(part.startswith("partitions=") for part in query.split("&")):
+            raise UsageError("partitions stands in the url and in --partitions", remedy="leave one of them out")
+        url += f"{'&' if asks else '?'}partitions={partitions}"
+    return connect(url, create=create)
 
 
 class _Postgresql:

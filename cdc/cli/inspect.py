@@ -7,7 +7,7 @@ from typing import Any, Final
 from cdc import registry
 from cdc.cli.console import Console, size_text, time_text, without_none
 from cdc.cli.options import Settings
-from cdc.cli.urls import shown
+from cdc.cli.urls import native_topics, shown
 from cdc.codec import EnvelopeCodec
 from cdc.errors import CdcError, DecodeError, SchemaError, UsageError
 from cdc.ports import Broker
@@ -27,11 +27,18 @@ Shown = dict[str, str | None]
 def run(settings: Settings) -> int:
     console = Console(settings)
     with closing(registry.broker(settings.broker)(settings.broker, create=False)) as broker:
-        topics = broker.topics()
-        if settings.stream is None and len(topics) != 1:
+        every = broker.topics()
+        topics, prefixes = native_topics(every)
+        if settings.stream is None and (len(topics) != 1 or prefixes):
             _list(console, broker, settings.broker, topics)
+            _list_events(console, settings.broker, prefixes)
             return 0
         stream = settings.stream or topics[0]
+        if stream in prefixes or stream in set(every) - set(topics):
+            raise UsageError(
+                f"{stream} of {shown(settings.broker)} holds portable events, no native stream",
+                remedy="without --stream they are listed; any consumer of Debezium's JSON can read them",
+            )
         if stream not in topics:
             known = ", ".join(topics) or "none"
             raise UsageError(f"{shown(settings.broker)} holds no stream {stream!r}", remedy=f"it holds: {known}")
@@ -47,6 +54,33 @@ def _list(console: Console, broker: Broker, url: str, topics: Sequence[str]) -> 
         else:
             console.out(f"{topic}: offsets {first} to {following}")
     console.note(f"{shown(url)} holds {len(topics)} streams" + ("; choose one with --stream NAME" if topics else ""))
+
+
+def _list_events(console: Console, url: str, prefixes: Sequence[str]) -> None:
+    if not prefixes:
+        return
+    with closing(registry.event_broker(url)(url, create=False, partitions=None)) as broker:
+        for place in broker.places():
+            prefix = next((each for each in prefixes if place.topic.startswith(f"{each}.")), None)
+            if prefix is None:
+                continue
+            first, following = broker.bounds(place)
+            if console.json:
+                console.out_json(
+                    {
+                        "prefix": prefix,
+                        "topic": place.topic,
+                        "partition": place.partition,
+                        "first_offset": first,
+                        "next_offset": following,
+                    }
+                )
+            else:
+                console.out(f"{place}: events {first} to {following}")
+    console.note(
+        f"{shown(url)} holds portable events (debezium-json) under {', '.join(prefixes)}; "
+        "apply them with `cdc apply --codec debezium-json --prefix NAME`"
+    )
 
 
 def _show(console: Console, broker: Broker, stream: str, settings: Settings) -> None:

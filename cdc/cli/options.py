@@ -1,5 +1,6 @@
 """Every command, its arguments, options and example: one table for the parser, the environment and the file."""
 
+import re
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from typing import Final, Literal, NamedTuple
@@ -54,6 +55,16 @@ def _names(text: str) -> list[str]:
     return names
 
 
+def _on_off(text: str) -> bool:
+    return _choice("on", "off")(text) == "on"
+
+
+def _prefix(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", text):
+        raise ValueError("not 1 to 100 of the characters A-Z, a-z, 0-9, '.', '_' and '-'")
+    return text
+
+
 def _format(text: str) -> Format:
     try:
         return Format(text)
@@ -83,6 +94,61 @@ RETRY_S = Option(
     "retry-s", "seconds of retries without progress before giving up (default 60)", _number(float, 0, 1e9), 60.0, "S"
 )
 METRICS = Option("metrics", "serve Prometheus metrics on 127.0.0.1 at this port", _number(int, 1, 65535), None, "PORT")
+NATIVE: Final = "native"
+CODEC = Option(
+    "codec",
+    "what the topics hold: native (one topic per stream), or debezium-json (portable events, one topic per table)",
+    _choice(NATIVE, "debezium-json"),
+    NATIVE,
+)
+PREFIX = Option("prefix", "events: what their topics' names begin with, by default the stream's name", _prefix)
+# How values were written is to be known where they are read, too.
+MODES: Final = (
+    Option(
+        "decimal-handling",
+        "events: numeric as precise (default), string or double",
+        _choice("precise", "string", "double"),
+        metavar="MODE",
+    ),
+    Option(
+        "time-precision",
+        "events: times as adaptive (default), adaptive_time_microseconds, connect, isostring, micro- or nanoseconds",
+        _choice("adaptive", "adaptive_time_microseconds", "connect", "isostring", "microseconds", "nanoseconds"),
+        metavar="MODE",
+    ),
+    Option(
+        "binary-handling",
+        "events: bytea as bytes (default), base64, base64-url-safe or hex",
+        _choice("bytes", "base64", "base64-url-safe", "hex"),
+        metavar="MODE",
+    ),
+    Option(
+        "interval-handling",
+        "events: intervals as numeric (default) or string",
+        _choice("numeric", "string"),
+        metavar="MODE",
+    ),
+)
+EVENTS_OUT: Final = (
+    PREFIX,
+    Option(
+        "partitions", "events: of each topic that is created (default 1); keep it", _number(int, 1, 9999), metavar="N"
+    ),
+    Option("schemas-enable", "events: schemas in every record, on (default) or off", _on_off, metavar="on|off"),
+    Option("tombstones", "events: a tombstone after each delete, on (default) or off", _on_off, metavar="on|off"),
+    Option("transactions", "events: the transaction topic and blocks, on (default) or off", _on_off, metavar="on|off"),
+    Option("truncates", "events: tell truncates, on (default) or off", _on_off, metavar="on|off"),
+    *MODES,
+)
+EVENTS_IN: Final = (
+    PREFIX,
+    Option("key-by-key", "events: bring each key to its last state, without transactions", None, False),
+    *MODES,
+)
+NATIVE_IN: Final = (
+    Option("reload", "begin at the topic's newest image, if it is younger than the follower", None, False),
+    Option("schema-changed", "the follower's tables were made to fit the leader's by hand", None, False),
+)
 DRY_RUN = Option("dry-run", "print the statements, change nothing", None, False)
 
 CONFIG = Option("config", "a TOML file with options (flags > environment CDC_… > file)", metavar="FILE")
@@ -92,7 +158,7 @@ VERBOSE = Option("verbose", "show where an error came from", None, False)
 COMMON: Final = (CONFIG, JSON, QUIET, VERBOSE)
 
 _LEADER = Argument("leader", "postgresql://user@host:port/database")
-_BROKER = Argument("broker", "file:///path/of/the/log")
+_BROKER = Argument("broker", "file:///path/of/the/log or kafka://host:port/")
 _FOLLOWER = Argument("follower", "postgresql://…, sqlite:///… or duckdb:///…")
 _NAMES: Final = (STREAM, PUBLICATION, SLOT)
 
@@ -149,6 +215,8 @@ COMMANDS: Final[Mapping[str, Command]] = {
                 5.0,
                 "MS",
             ),
+            CODEC,
+            *EVENTS_OUT,
             RETRY_S,
             METRICS,
         ),
@@ -161,8 +229,9 @@ COMMANDS: Final[Mapping[str, Command]] = {
         (
             STREAM,
             Option("until", "stop at this LSN, or at what the topic holds now (end)", _apply_until, metavar="LSN|end"),
-            Option("reload", "begin at the topic's newest image, if it is younger than the follower", None, False),
-            Option("schema-changed", "the follower's tables were made to fit the leader's by hand", None, False),
+            *NATIVE_IN,
+            CODEC,
+            *EVENTS_IN,
             RETRY_S,
             METRICS,
         ),

@@ -137,7 +137,7 @@ class Meter:
         totals.transactions += progress.done if batch is None or batch.fragment is None or batch.fragment.last else 0
         totals.rows += progress.rows
         totals.size_bytes += progress.size_bytes
-        totals.position = progress.subject
+        totals.position = progress.subject or totals.position
         if batch is not None:
             totals.lsn = batch.position.lsn
             if batch.transactions:

@@ -9,7 +9,7 @@ from cdc import registry
 from cdc.cli.console import Console, seconds_text, size_text
 from cdc.cli.options import Settings
 from cdc.cli.session import leader_session
-from cdc.cli.urls import shown
+from cdc.cli.urls import native_topics, shown
 from cdc.codec import EnvelopeCodec
 from cdc.ports import Broker
 from cdc.position import format_lsn, parse_lsn
@@ -67,7 +67,7 @@ def _lsn(lsn: int | None) -> str | None:
 
 def _topics(url: str, settings: Settings) -> list[Report]:
     with closing(registry.broker(url)(url, create=False)) as broker:
-        names = [settings.stream] if settings.stream is not None else broker.topics()
+        names = [settings.stream] if settings.stream is not None else native_topics(broker.topics())[0]
         return [_topic(broker, url, name) for name in names]
 
 

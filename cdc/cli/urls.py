@@ -1,12 +1,15 @@
 """What a command needs to know of a URL before it opens it."""
 
 import re
+from collections.abc import Sequence
 from typing import Final
 
 from cdc import registry
 from cdc.errors import UsageError
 from cdc.ports import Broker
 
+# The topic of an event stream's position, as it is or as the first partition of plain topics.
+_EVENT_POSITIONS: Final = re.compile(r"(.+)\.cdc(?:\.0)?")
 _USERINFO: Final = re.compile(r"(://[^:@/\s]*):[^@\s]*@")
 
 
@@ -40,13 +43,25 @@ def only_topic(broker: Broker, url: str, wanted: str | None) -> str:
     """
     if wanted is not None:
         return wanted
-    topics = broker.topics()
+    topics, prefixes = native_topics(broker.topics())
     if len(topics) == 1:
         return topics[0]
     if topics:
         raise UsageError(
             f"{shown(url)} holds {len(topics)} streams: {', '.join(topics)}", remedy="choose one with --stream NAME"
         )
+    if prefixes:
+        raise UsageError(
+            f"{shown(url)} holds portable events under {', '.join(prefixes)}, and no native stream",
+            remedy="apply them with --codec debezium-json",
+        )
     raise UsageError(
         f"{shown(url)} holds no stream yet", remedy="start `cdc ship` first, or name the stream with --stream NAME"
     )
+
+
+def native_topics(topics: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The topics that hold native streams, and the prefixes of those that hold portable events."""
+    prefixes = sorted({found[1] for topic in topics if (found := _EVENT_POSITIONS.fullmatch(topic))})
+    ours = tuple(start for prefix in prefixes for start in (f"{prefix}.", f"__debezium-heartbeat.{prefix}"))
+    return [topic for topic in topics if not topic.startswith(ours)], prefixes

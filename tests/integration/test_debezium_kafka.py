@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from appliers.events import EventApplyOptions, apply_events
-from cdc.brokers.kafka_events import KafkaEvents, connect
+from cdc.brokers.kafka.events import KafkaEvents, connect
 from cdc.codec import EnvelopeCodec
 from cdc.debezium.encode import Encoder
 from cdc.debezium.topics import EventTopics

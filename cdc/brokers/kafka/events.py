@@ -16,8 +16,10 @@ from contextlib import closing
 from typing import Any, Final
 from urllib.parse import parse_qsl, urlencode
 
-from cdc.brokers import kafka
-from cdc.brokers.kafka import KafkaBroker
+from cdc.brokers.kafka.broker import EARLIEST, LATEST, MESSAGE_BYTES_MAX, KafkaBroker
+from cdc.brokers.kafka.client import CONSUMER, PRODUCER, connect_client, end_producer, library, translated, words
+from cdc.brokers.kafka.inflate import INFLATED_BYTES_MAX, inflating
+from cdc.brokers.kafka.target import parse
 from cdc.errors import CdcError, ConfigurationError, OutcomeUnknownError, UnavailableError, UsageError
 from cdc.events import EventRecord, Place, StoredEvent, partition_of, partitions_of
 
@@ -26,7 +28,6 @@ _FLUSH_RECORDS: Final = 20_000  # sent before we wait for them
 _FETCH_RECORDS: Final = 5_000
 _ARRIVAL_S: Final = 15.0
 _SLICE_S: Final = 0.1
-_INFLATED_BYTES_MAX: Final = 64 << 20
 
 
 def connect(url: str, *, create: bool = True) -> "KafkaEvents":
@@ -40,7 +41,7 @@ def connect(url: str, *, create: bool = True) -> "KafkaEvents":
     if not re.fullmatch(r"[1-9][0-9]{0,3}", partitions):
         raise UsageError(f"partitions is {partitions!r}", remedy="write a whole number from 1 to 9999")
     rest = urlencode([(name, value) for name, value in given if name != "partitions"])
-    target = kafka.parse(base + (f"?{rest}" if rest else ""), os.environ)
+    target = parse(base + (f"?{rest}" if rest else ""), os.environ)
     return KafkaEvents(KafkaBroker(target, create=create), partitions=int(partitions), create=create)
 
 
@@ -64,11 +65,11 @@ class KafkaEvents:
         if not self._create:
             raise UsageError(f"{self._kafka.target.label} was opened for reading", remedy="open it with create=True")
         doing = f"cannot publish {len(records)} events"
-        with self._kafka._translated(doing):
+        with translated(self._kafka.target, doing):
             counts = {topic: self._count(topic) for topic in {record.topic for record in records}}
             if self._producer is None:
-                settings = {**kafka._PRODUCER, "batch_size": _BATCH_BYTES}
-                self._producer = self._kafka._connected("KafkaProducer", **settings)
+                settings = {**PRODUCER, "batch_size": _BATCH_BYTES}
+                self._producer = connect_client(self._kafka.target, "KafkaProducer", settings)
         try:
             for at in range(0, len(records), _FLUSH_RECORDS):
                 self._send(records[at : at + _FLUSH_RECORDS], counts)
@@ -76,11 +77,11 @@ class KafkaEvents:
             self._drop_producer()
             if isinstance(error, CdcError):
                 raise
-            if isinstance(error, kafka._library("errors").MessageSizeTooLargeError):
+            if isinstance(error, library("errors").MessageSizeTooLargeError):
                 raise ConfigurationError(
                     f"{doing}: one is larger than its topic takes", remedy="raise the topic's max.message.bytes"
                 ) from error
-            raise OutcomeUnknownError(f"{doing}: {kafka._words(error)}") from error
+            raise OutcomeUnknownError(f"{doing}: {words(error)}") from error
 
     def _send(self, records: Sequence[EventRecord], counts: Mapping[str, int]) -> None:
         prefix = self._kafka.target.prefix
@@ -103,8 +104,8 @@ class KafkaEvents:
         return known
 
     def _described(self, topic: str) -> int:
-        (entry,) = self._kafka._admin().describe_topics([self._kafka.target.prefix + topic])
-        code, errors = entry["error_code"], kafka._library("errors")
+        (entry,) = self._kafka.admin().describe_topics([self._kafka.target.prefix + topic])
+        code, errors = entry["error_code"], library("errors")
         if code == errors.UnknownTopicOrPartitionError.errno:
             return 0
         if code:
@@ -117,14 +118,14 @@ class KafkaEvents:
             "cleanup.policy": "compact" if topic.endswith(".cdc") else "delete",
             "retention.ms": str(target.retention_ms),
             "retention.bytes": "-1",
-            "max.message.bytes": str(kafka.MESSAGE_BYTES_MAX),
+            "max.message.bytes": str(MESSAGE_BYTES_MAX),
             "unclean.leader.election.enable": "false",
         }
         wanted = partitions_of(topic, self._partitions)
         request = {"num_partitions": wanted, "replication_factor": target.replicas, "configs": settings}
         try:
-            self._kafka._admin().create_topics({target.prefix + topic: request}, wait_for_metadata=True)
-        except kafka._library("errors").TopicAlreadyExistsError:
+            self._kafka.admin().create_topics({target.prefix + topic: request}, wait_for_metadata=True)
+        except library("errors").TopicAlreadyExistsError:
             return self._described(topic)
         return wanted
 
@@ -132,9 +133,9 @@ class KafkaEvents:
         """At most 8 MiB at once, as Kafka sends it, whatever ``limit_bytes`` says."""
         if not offsets:
             return []
-        with self._kafka._translated("cannot read events"), kafka._inflating(_INFLATED_BYTES_MAX):
+        with translated(self._kafka.target, "cannot read events"), inflating(INFLATED_BYTES_MAX):
             if self._consumer is None:
-                self._consumer = self._kafka._connected("KafkaConsumer", **kafka._CONSUMER)
+                self._consumer = connect_client(self._kafka.target, "KafkaConsumer", CONSUMER)
             self._stand(offsets)
             deadline = time.monotonic() + _ARRIVAL_S
             while not (came := self._consumer.poll(timeout_ms=int(wait_s * 1000), max_records=_FETCH_RECORDS)):
@@ -168,24 +169,24 @@ class KafkaEvents:
         return StoredEvent(place, record.offset, record.key, record.value, headers)
 
     def _partition(self, place: Place) -> Any:
-        return kafka._library("structs").TopicPartition(self._kafka.target.prefix + place.topic, place.partition)
+        return library("structs").TopicPartition(self._kafka.target.prefix + place.topic, place.partition)
 
     def bounds(self, place: Place) -> tuple[int, int]:
-        with self._kafka._translated(f"cannot ask for the bounds of {place}"):
+        with translated(self._kafka.target, f"cannot ask for the bounds of {place}"):
             if self._described(place.topic) <= place.partition:
                 return (0, 0)
             partition = self._partition(place)
-            asked = self._kafka._admin().list_partition_offsets
+            asked = self._kafka.admin().list_partition_offsets
             first, end = (
                 asked({partition: which}, isolation_level="read_committed")[partition].offset
-                for which in (kafka._EARLIEST, kafka._LATEST)
+                for which in (EARLIEST, LATEST)
             )
             return int(first), int(end)
 
     def places(self) -> Sequence[Place]:
         prefix = self._kafka.target.prefix
-        with self._kafka._translated("cannot list the topics"):
-            found = self._kafka._admin().describe_topics()
+        with translated(self._kafka.target, "cannot list the topics"):
+            found = self._kafka.admin().describe_topics()
         return sorted(
             Place(entry["name"].removeprefix(prefix), partition)
             for entry in found
@@ -204,6 +205,4 @@ class KafkaEvents:
     def _drop_producer(self) -> None:
         producer, self._producer = self._producer, None
         if producer is not None:
-            # The broker's own way to end a producer that would go on trying to deliver.
-            self._kafka._clients["producer"] = producer
-            self._kafka._drop_producer()
+            end_producer(producer)
