@@ -350,7 +350,7 @@ class _Follow:
             if verdict is Verdict.RESTART:
                 self._restart()
             until = self._until
-            self._applier.apply(batch, after=self._applied.position, until=until)
+            self._applier.apply(batch, after=self._applied.position, until=until, offset=offset)
         except CdcError as error:
             raise located(error, self._options.stream, offset, batch.position) from error
         self._applied = advance(batch, self._applied, until)

@@ -131,10 +131,11 @@ class Applier(Protocol):
         """
         ...
 
-    def apply(self, batch: Batch, *, after: Position | None, until: Position | None) -> None:
+    def apply(self, batch: Batch, *, after: Position | None, until: Position | None, offset: int = 0) -> None:
         """Put a batch into the follower's open transaction, opening it where none is.
 
-        Only transactions with ``after < position <= until`` take effect.
+        Only transactions with ``after < position <= until`` take effect. What does not fit may be told by a later call,
+        at the latest by ``commit``; ``offset`` is where the batch stands in the topic, for such errors to name.
 
         :raises ConflictError, SchemaError: a change does not fit; the open transaction is of no use any more.
         """
