@@ -30,11 +30,11 @@ from cdc.errors import (
 from cdc.record import Checkpoint, Relation, RowSet
 from cdc.sql.mapping import Kind, key_of, postgresql_date, storage, types_of
 from cdc.sql.quote import identifier, literal
+from cdc.sql.sets import changing, waves
 from cdc.stores.foreign import (
     ForeignFollower,
     Printer,
     Rows,
-    changing,
     database_path,
     decoded,
     internal,
@@ -42,7 +42,6 @@ from cdc.stores.foreign import (
     missing,
     printer,
     reserved,
-    waves,
 )
 
 try:
