@@ -14,7 +14,7 @@ from appliers.batch import Load, Log, Truncate, Write, write
 from appliers.changes import NotASetError
 from appliers.sets import Sets
 from appliers.steps import Steps
-from cdc.errors import CdcError, ConflictError, DecodeError, SchemaError
+from cdc.errors import CdcError, ConflictError, DecodeError, FencedError, SchemaError
 from cdc.ports import Follower
 from cdc.position import Position
 from cdc.record import Batch, Checkpoint, Kind, Relation
@@ -32,6 +32,7 @@ class RowsApplier:
         self._follower = follower
         self._schema_changed = schema_changed
         self._stream = ""
+        self._epoch = 0
         self._open = False
         self._relations: dict[int, Relation] = {}
         self._committed_relations: dict[int, Relation] = {}
@@ -46,7 +47,7 @@ class RowsApplier:
     def claim(self, stream: str) -> tuple[int, Checkpoint | None]:
         self._stream = stream
         self._follower.begin()
-        epoch = self._follower.claim(stream)
+        epoch = self._epoch = self._follower.claim(stream)
         checkpoint = self._follower.read_checkpoint(stream)
         self._relations = dict(self._follower.read_relations(stream))
         self._follower.commit()
@@ -96,7 +97,24 @@ class RowsApplier:
         """Wait until what is being written is."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
-            writing.result()
+            try:
+                writing.result()
+            except ConflictError as error:
+                self._check_owner(error)
+                raise
+
+    def _check_owner(self, conflict: ConflictError) -> None:
+        """Rows that another applier has put there conflict before our checkpoint does.
+
+        :raises FencedError: it was that.
+        """
+        self._follower.rollback()
+        self._open = False
+        self._follower.begin()
+        now = self._follower.read_checkpoint(self._stream)
+        self._follower.rollback()
+        if now is not None and now.epoch != self._epoch:
+            raise FencedError(f"stream {self._stream!r} has another applier on this follower") from conflict
 
     def _look_at(self, checkpoint: Checkpoint | None) -> None:
         image = checkpoint.image if checkpoint is not None else None

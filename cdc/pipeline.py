@@ -184,8 +184,6 @@ class _Ship:
             return image.copy(end)
 
     def _stream(self, position: Position, target: Position | None) -> None:
-        if target is not None and position.source == target.source and position >= target:
-            return
         batcher = Batcher(self._options.stream, self._shipper.format, position)
         with _Writer(self._append) as writer:
             self._pump(batcher, writer, target)

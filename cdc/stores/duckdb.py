@@ -3,7 +3,7 @@
 Schema ``public`` becomes ``main``, other schemas are created under their name; our own tables are ``cdc.checkpoint``
 and ``cdc.relation``. A DuckDB file belongs to one process at a time, readers included.
 
-It is given 40 MiB, enough for transactions of any length with rows of some KiB. Where many wider ones need more, since
+It is given 32 MiB, enough for transactions of any length with rows of some KiB. Where many wider ones need more, since
 it holds up to 2,048 values of a column at once, the transaction ends in a TransientError and the next one is given four
 times as much.
 
@@ -53,7 +53,7 @@ if int(duckdb.__version__.partition(".")[0]) < 2:  # 1.x neither writes nor prin
 
 _SET_ROWS: Final = 4_096
 _SET_BYTES: Final = 2 << 20
-_MEMORY_MIB: Final = 40
+_MEMORY_MIB: Final = 32
 _MEMORY_MIB_MAX: Final = 4_096
 _FETCH_ROWS: Final = 2_048
 _OURS: Final = ("checkpoint", "relation")
