@@ -217,7 +217,9 @@ class Follower(Protocol):
 
     # What is applied: one row per stream in a table of our own, created on first use.
 
-    def read_checkpoint(self, stream: str) -> Checkpoint | None: ...
+    def read_checkpoint(self, stream: str) -> Checkpoint | None:
+        """What is applied, with the epoch of the stream's owner as of now."""
+        ...
 
     def claim(self, stream: str) -> int:
         """Count one more owner of the stream and return the number, the epoch of its owner."""

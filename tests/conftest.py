@@ -1,3 +1,12 @@
 """Fixtures live in ``fix_*.py``, by subject."""
 
+import os
+
+from hypothesis import settings
+
+# Where everything must pass, the same examples are tried each time; elsewhere new ones are looked for.
+settings.register_profile("ci", derandomize=True, deadline=None)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
+
 pytest_plugins = ["tests.fix_broker", "tests.fix_postgresql", "tests.fix_proxy", "tests.fix_stream"]
