@@ -213,6 +213,8 @@ class _Ship:
                 beat = now
             if reached or self._stop.is_set():
                 return
+            if not isinstance(item, Transaction):
+                self._confirm(writer.wait())  # nothing else to do: the leader hears of it without delay
 
     def _hand(self, writer: "_Writer", batches: Iterable[Batch]) -> None:
         for batch in batches:

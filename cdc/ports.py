@@ -62,8 +62,8 @@ class Shipper(Protocol):
     def stream(self, after: Position, *, wait_s: float) -> Iterator[Transaction | Heartbeat]:
         """Every transaction whose position is beyond ``after``, then wait for more.
 
-        Yields a :class:`~cdc.record.Heartbeat` whenever nothing arrived for ``wait_s`` seconds, and when all that had
-        arrived has been told.
+        Yields a :class:`~cdc.record.Heartbeat` once all that had arrived has been told and nothing more came for
+        ``wait_s`` seconds, and now and then while nothing comes.
 
         :raises GapError: the leader no longer holds what follows ``after``.
         """
