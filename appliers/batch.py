@@ -1,12 +1,14 @@
 """What a batch holds for a follower, and the sets it is written in: shared by both ways of taking it."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
-from cdc.errors import ConflictError, DecodeError
+from cdc.errors import CdcError, ConflictError, DecodeError
 from cdc.ports import Follower
 from cdc.position import Position
 from cdc.record import Batch, Relation, RowSet, TransactionHead
+from cdc.topic import located
 from cdc.wire import pgoutput
 
 
@@ -63,8 +65,9 @@ def write_rows(follower: Follower, operation: str, rows: RowSet, *, replace: boo
 class Log:
     """The transactions of a batch that are to take effect, as (head, messages)."""
 
-    def __init__(self, batch: Batch, after: Position | None, until: Position | None) -> None:
+    def __init__(self, batch: Batch, after: Position | None, until: Position | None, offset: int) -> None:
         self.batch = batch
+        self.offset = offset
         self._after_lsn = after.lsn if after is not None else -1
         self._until_lsn = until.lsn if until is not None else 1 << 64
         self.relations = {relation.id: relation for relation in batch.relations}
@@ -84,6 +87,21 @@ class Log:
         for head, at, lengths in self.transactions():
             for length in lengths:
                 yield head, self.batch.body[at : (at := at + length)]
+
+    def agrees(self, described: Mapping[int, Relation]) -> bool:
+        """Is no relation described otherwise here?"""
+        return all(
+            (known := described.get(id_)) is None or known is relation or known == relation
+            for id_, relation in self.relations.items()
+        )
+
+    @contextmanager
+    def located(self) -> Iterator[None]:
+        """Errors say where in the topic they come from."""
+        try:
+            yield
+        except CdcError as error:
+            raise located(error, self.batch.stream, self.offset, self.batch.position) from error
 
     def relation(self, relation_id: int) -> Relation:
         try:

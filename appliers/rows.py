@@ -8,17 +8,21 @@ leader's order, to come through as the leader did or to stop at the very change 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from typing import Final
 
 from appliers.batch import Load, Log, Truncate, Write, write
 from appliers.changes import NotASetError
 from appliers.sets import Sets
 from appliers.steps import Steps
-from cdc.errors import CdcError, ConflictError, DecodeError, SchemaError
+from cdc.errors import CdcError, ConflictError, DecodeError, FencedError, SchemaError
 from cdc.ports import Follower
 from cdc.position import Position
 from cdc.record import Batch, Checkpoint, Kind, Relation
 from cdc.sql.evolve import changes, numbered
 from cdc.wire.oids import type_sql
+
+_TOGETHER_BYTES: Final = 1 << 20  # of small batches that are taken as one
+_TOGETHER_MAX: Final = 1_000
 
 
 class RowsApplier:
@@ -28,18 +32,22 @@ class RowsApplier:
         self._follower = follower
         self._schema_changed = schema_changed
         self._stream = ""
+        self._epoch = 0
         self._open = False
         self._relations: dict[int, Relation] = {}
         self._committed_relations: dict[int, Relation] = {}
         # One batch is written while the next is being planned; the follower's connection is never used by both.
         self._writer = ThreadPoolExecutor(1, "cdc-write")
         self._writing: Future[None] | None = None
+        self._held: list[Log] = []
+        self._held_relations: dict[int, Relation] = {}
+        self._held_bytes = 0
         self._windows: Mapping[int, tuple[int, int]] = {}
 
     def claim(self, stream: str) -> tuple[int, Checkpoint | None]:
         self._stream = stream
         self._follower.begin()
-        epoch = self._follower.claim(stream)
+        epoch = self._epoch = self._follower.claim(stream)
         checkpoint = self._follower.read_checkpoint(stream)
         self._relations = dict(self._follower.read_relations(stream))
         self._follower.commit()
@@ -47,12 +55,12 @@ class RowsApplier:
         self._look_at(checkpoint)
         return epoch, checkpoint
 
-    def apply(self, batch: Batch, *, after: Position | None, until: Position | None) -> None:
+    def apply(self, batch: Batch, *, after: Position | None, until: Position | None, offset: int = 0) -> None:
         if not self._open:
             self._follower.begin()
             self._open = True
         if batch.kind is Kind.LOG:
-            self._apply_log(Log(batch, after, until))
+            self._hold(Log(batch, after, until, offset))
             return
         self._settle()
         if batch.kind is Kind.IMAGE_BEGIN:
@@ -69,6 +77,7 @@ class RowsApplier:
         self._look_at(checkpoint)
 
     def rollback(self) -> None:
+        self._held, self._held_relations, self._held_bytes = [], {}, 0
         with suppress(CdcError):  # what is rolled back need not have worked
             self._settle()
         self._follower.rollback()
@@ -80,10 +89,32 @@ class RowsApplier:
         self._follower.close()
 
     def _settle(self) -> None:
-        """Wait until the batch that is being written is."""
+        """Wait until all that was taken is written."""
+        self._plan_held()
+        self._written()
+
+    def _written(self) -> None:
+        """Wait until what is being written is."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
-            writing.result()
+            try:
+                writing.result()
+            except ConflictError as error:
+                self._check_owner(error)
+                raise
+
+    def _check_owner(self, conflict: ConflictError) -> None:
+        """Rows that another applier has put there conflict before our checkpoint does.
+
+        :raises FencedError: it was that.
+        """
+        self._follower.rollback()
+        self._open = False
+        self._follower.begin()
+        now = self._follower.read_checkpoint(self._stream)
+        self._follower.rollback()
+        if now is not None and now.epoch != self._epoch:
+            raise FencedError(f"stream {self._stream!r} has another applier on this follower") from conflict
 
     def _look_at(self, checkpoint: Checkpoint | None) -> None:
         image = checkpoint.image if checkpoint is not None else None
@@ -116,7 +147,7 @@ class RowsApplier:
         known = self._relations.get(relation.id)
         if known is relation or known == relation:
             return
-        self._settle()
+        self._written()
         self._prepare_here(relation)
 
     def _prepare_here(self, relation: Relation) -> None:
@@ -150,27 +181,42 @@ class RowsApplier:
 
     # The log.
 
-    def _apply_log(self, log: "Log") -> None:
+    def _hold(self, log: Log) -> None:
+        """Keep a batch until there is enough for sets that are worth it, or one comes that does not go with it."""
+        size = len(log.batch.body)
+        if (
+            self._held_bytes + size > _TOGETHER_BYTES
+            or len(self._held) >= _TOGETHER_MAX
+            or not log.agrees(self._held_relations)
+        ):
+            self._plan_held()
+        self._held.append(log)
+        self._held_bytes += size
+        self._held_relations |= log.relations
+
+    def _plan_held(self) -> None:
+        logs, self._held = self._held, []
+        self._held_relations, self._held_bytes = {}, 0
+        if not logs:
+            return
         plan: list[Write | Load | Truncate] | None
         try:
-            plan = Sets(self._follower, self._prepare, self._windows).plan(log)
+            plan = Sets(self._follower, self._prepare, self._windows).plan(logs)
         except NotASetError:
             plan = None
-        self._settle()
-        self._writing = self._writer.submit(self._write, log, plan)
+        self._written()
+        self._writing = self._writer.submit(self._write, logs, plan)
 
-    def _write(self, log: "Log", plan: "list[Write | Load | Truncate] | None") -> None:
+    def _write(self, logs: list[Log], plan: list[Write | Load | Truncate] | None) -> None:
         """Write the plan, or where it does not fit, or there is none, step by step."""
-        try:
-            if plan is None or not self._write_sets(plan):
+        with logs[-1].located():
+            if plan is not None and self._write_sets(plan):
+                return
+        for log in logs:
+            with log.located():
                 Steps(self._follower, self._prepare_here, self._windows).take(log)
-        except CdcError as error:
-            batch = log.batch
-            located = type(error)(f"{error} (stream {batch.stream!r}, batch of {batch.position})", remedy=error.remedy)
-            located.located = True
-            raise located from error
 
-    def _write_sets(self, plan: "list[Write | Load | Truncate]") -> bool:
+    def _write_sets(self, plan: list[Write | Load | Truncate]) -> bool:
         """:returns: False where the sets do not fit; the follower is then as it was before."""
         try:
             self._follower.savepoint()

@@ -1,6 +1,6 @@
 """Takes a batch as sets: its net effect on each table, planned without touching a row of the follower."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from appliers.batch import Load, Log, Tables, Truncate, Write, incomplete, misfit
@@ -18,14 +18,17 @@ _COPY_TAIL: Final = b"\xff\xff"
 class Sets(Tables):
     """Plans a batch as net effects; what is pending for a table is planned before anything that must follow it."""
 
-    def plan(self, log: Log) -> list[Write | Load | Truncate]:
-        """
+    def plan(self, logs: Iterable[Log]) -> list[Write | Load | Truncate]:
+        """One plan for consecutive batches, whose descriptions of a relation must agree.
+
         :raises NotASetError: take it in steps.
         """
         self._tables: dict[bytes, TableChanges] = {}
         self._plan: list[Write | Load | Truncate] = []
-        for head, at, lengths in log.transactions():
-            self._transaction(log, head, at, lengths)
+        for log in logs:
+            with log.located():
+                for head, at, lengths in log.transactions():
+                    self._transaction(log, head, at, lengths)
         self._settle_all()
         return self._plan
 

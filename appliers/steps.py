@@ -55,7 +55,7 @@ class Steps(Tables):
     def _move(self, rows: RowSet, match: tuple[bytes, ...]) -> int:
         """An update where old and new row may each be there or not, as their chunks were copied before it or after.
 
-        :raises ConflictError: the row is in neither chunk, and the log does not carry all of it.
+        :raises ConflictError: it is not under its new key yet, and the log does not carry all of it.
         """
         values = dict(zip(rows.columns, rows.rows[0], strict=True))
         moved = tuple(values.get(index, old) for index, old in zip(rows.match, match, strict=True))
@@ -67,9 +67,10 @@ class Steps(Tables):
             return self._follower.insert(changed_to(rows, match=(), matches=[]), replace=True)
         if self._follower.update(changed_to(rows, matches=[moved])):
             self._follower.delete(gone)
-        elif not self._follower.update(rows):
+        else:
+            # The row under the old key may be another one by now: its values would be taken for this one's.
             raise ConflictError(
-                "the row moved while the image was copied, and neither part of the image has it",
+                "the row got another key while the image was copied, and the log does not carry all of it",
                 remedy="take a new image with `cdc ship --image new`",
             )
         return 1

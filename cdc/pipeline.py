@@ -184,8 +184,6 @@ class _Ship:
             return image.copy(end)
 
     def _stream(self, position: Position, target: Position | None) -> None:
-        if target is not None and position.source == target.source and position >= target:
-            return
         batcher = Batcher(self._options.stream, self._shipper.format, position)
         with _Writer(self._append) as writer:
             self._pump(batcher, writer, target)
@@ -215,6 +213,8 @@ class _Ship:
                 beat = now
             if reached or self._stop.is_set():
                 return
+            if not isinstance(item, Transaction):
+                self._confirm(writer.wait())  # nothing else to do: the leader hears of it without delay
 
     def _hand(self, writer: "_Writer", batches: Iterable[Batch]) -> None:
         for batch in batches:
@@ -350,7 +350,7 @@ class _Follow:
             if verdict is Verdict.RESTART:
                 self._restart()
             until = self._until
-            self._applier.apply(batch, after=self._applied.position, until=until)
+            self._applier.apply(batch, after=self._applied.position, until=until, offset=offset)
         except CdcError as error:
             raise located(error, self._options.stream, offset, batch.position) from error
         self._applied = advance(batch, self._applied, until)

@@ -62,8 +62,8 @@ class Shipper(Protocol):
     def stream(self, after: Position, *, wait_s: float) -> Iterator[Transaction | Heartbeat]:
         """Every transaction whose position is beyond ``after``, then wait for more.
 
-        Yields a :class:`~cdc.record.Heartbeat` whenever nothing arrived for ``wait_s`` seconds, and when all that had
-        arrived has been told.
+        Yields a :class:`~cdc.record.Heartbeat` once all that had arrived has been told and nothing more came for
+        ``wait_s`` seconds, and now and then while nothing comes.
 
         :raises GapError: the leader no longer holds what follows ``after``.
         """
@@ -131,10 +131,11 @@ class Applier(Protocol):
         """
         ...
 
-    def apply(self, batch: Batch, *, after: Position | None, until: Position | None) -> None:
+    def apply(self, batch: Batch, *, after: Position | None, until: Position | None, offset: int = 0) -> None:
         """Put a batch into the follower's open transaction, opening it where none is.
 
-        Only transactions with ``after < position <= until`` take effect.
+        Only transactions with ``after < position <= until`` take effect. What does not fit may be told by a later call,
+        at the latest by ``commit``; ``offset`` is where the batch stands in the topic, for such errors to name.
 
         :raises ConflictError, SchemaError: a change does not fit; the open transaction is of no use any more.
         """
@@ -216,7 +217,9 @@ class Follower(Protocol):
 
     # What is applied: one row per stream in a table of our own, created on first use.
 
-    def read_checkpoint(self, stream: str) -> Checkpoint | None: ...
+    def read_checkpoint(self, stream: str) -> Checkpoint | None:
+        """What is applied, with the epoch of the stream's owner as of now."""
+        ...
 
     def claim(self, stream: str) -> int:
         """Count one more owner of the stream and return the number, the epoch of its owner."""

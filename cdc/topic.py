@@ -81,4 +81,6 @@ def located(error: CdcError, topic: str, offset: int, position: Position | None 
     if error.located:
         return error
     where = f"topic {topic!r}, offset {offset}" + (f", position {position}" if position is not None else "")
-    return type(error)(f"{error} ({where})", remedy=error.remedy)
+    found = type(error)(f"{error} ({where})", remedy=error.remedy)
+    found.located = True
+    return found

@@ -3,7 +3,7 @@
 Schema ``public`` becomes ``main``, other schemas are created under their name; our own tables are ``cdc.checkpoint``
 and ``cdc.relation``. A DuckDB file belongs to one process at a time, readers included.
 
-It is given 40 MiB, enough for transactions of any length with rows of some KiB. Where many wider ones need more, since
+It is given 32 MiB, enough for transactions of any length with rows of some KiB. Where many wider ones need more, since
 it holds up to 2,048 values of a column at once, the transaction ends in a TransientError and the next one is given four
 times as much.
 
@@ -30,11 +30,11 @@ from cdc.errors import (
 from cdc.record import Checkpoint, Relation, RowSet
 from cdc.sql.mapping import Kind, key_of, postgresql_date, storage, types_of
 from cdc.sql.quote import identifier, literal
+from cdc.sql.sets import changing, waves
 from cdc.stores.foreign import (
     ForeignFollower,
     Printer,
     Rows,
-    changing,
     database_path,
     decoded,
     internal,
@@ -42,7 +42,6 @@ from cdc.stores.foreign import (
     missing,
     printer,
     reserved,
-    waves,
 )
 
 try:
@@ -54,7 +53,7 @@ if int(duckdb.__version__.partition(".")[0]) < 2:  # 1.x neither writes nor prin
 
 _SET_ROWS: Final = 4_096
 _SET_BYTES: Final = 2 << 20
-_MEMORY_MIB: Final = 40
+_MEMORY_MIB: Final = 32
 _MEMORY_MIB_MAX: Final = 4_096
 _FETCH_ROWS: Final = 2_048
 _OURS: Final = ("checkpoint", "relation")

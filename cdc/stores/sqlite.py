@@ -23,10 +23,10 @@ from cdc.errors import (
 from cdc.record import Checkpoint, Relation, RowSet
 from cdc.sql.mapping import key_of, storage, types_of
 from cdc.sql.quote import identifier, literal, qualified
+from cdc.sql.sets import changing
 from cdc.stores.foreign import (
     ForeignFollower,
     Rows,
-    changing,
     database_path,
     decoded,
     internal,

@@ -8,7 +8,7 @@ https://www.postgresql.org/docs/current/logicaldecoding-explanation.html#LOGICAL
 import os
 import select
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Final
@@ -24,7 +24,7 @@ from cdc.sql.quote import identifier, literal, qualified
 from cdc.stores.postgresql.connect import Connection, connect, translate, translated
 from cdc.stores.postgresql.describe import describe, filters
 
-READERS: Final = 4  # connections that are opened at once; more are, where more threads ask
+_WAIT_S: Final = 0.5
 CHUNK_BYTES: Final = 8 << 20  # of table per chunk: what a killed shipper or applier does again
 PART_BYTES: Final = 900 << 10  # of rows per message
 _UNKNOWN_ROW_BYTES: Final = 100  # where the table was never analyzed
@@ -54,7 +54,9 @@ class PostgresSnapshot:
         self._text = text
         self._idle: SimpleQueue[Connection] = SimpleQueue()
         self._sources: dict[int, _Source] = {}
-        self._relations: Sequence[Relation] = ()
+        self._held: Sequence[Relation] = ()
+        self._crowded = False
+        self._failed = False
 
     @property
     def position(self) -> Position:
@@ -66,9 +68,7 @@ class PostgresSnapshot:
             _lock(connection, relations)
             _check_untouched(connection, relations)
             self._sources = _sources(connection, self._publication, relations, text=self._text)
-        self._relations = relations
-        for _ in range(READERS - 1):
-            self._idle.put(self._join())
+            self._held = relations
         return relations
 
     def plan(self, relation: Relation) -> ChunkPlan:
@@ -90,27 +90,43 @@ class PostgresSnapshot:
 
     @contextmanager
     def _connection(self) -> Iterator[Connection]:
-        try:
-            connection = self._idle.get_nowait()
-        except Empty:
-            connection = self._join()
+        connection = self._another()
         # Not put back after an error: its transaction is over, so it no longer reads the snapshot.
         try:
             yield connection
         except BaseException:
+            self._failed = True
             connection.close()
             raise
         self._idle.put(connection)
 
+    def _another(self) -> Connection:
+        """An idle connection, or a new one; where no new one gets at the tables, the next that becomes idle."""
+        with suppress(Empty):
+            return self._idle.get_nowait()
+        if not self._crowded:
+            try:
+                return self._join()
+            except TransientError:
+                # A TRUNCATE waits for the locks that we hold until the image is read, and whoever comes later waits
+                # behind it. The connection that holds them need not wait.
+                self._crowded = True
+        while not self._failed:
+            with suppress(Empty):
+                return self._idle.get(timeout=_WAIT_S)
+        raise TransientError("another reader of the image failed")
+
     def _join(self) -> Connection:
         connection = connect(self._url, application_name="cdc ship image")
-        with translated():
-            connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
-            connection.execute(f"SET TRANSACTION SNAPSHOT {literal(self._name)}")
-            # Who waits for a table behind a TRUNCATE that waits for another of us would wait for ever. So each locks
-            # all tables before it reads, nearly at once, and the few moments in between end in another attempt.
-            connection.execute("SET LOCAL lock_timeout = '2s'")
-        _lock(connection, self._relations)
+        try:
+            with translated():
+                connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+                connection.execute(f"SET TRANSACTION SNAPSHOT {literal(self._name)}")
+                connection.execute("SET LOCAL lock_timeout = '2s'")
+            _lock(connection, self._held)
+        except BaseException:
+            connection.close()
+            raise
         return connection
 
     def close(self) -> None:

@@ -29,6 +29,7 @@ _ANEW: Final = "run `cdc teardown` and `cdc setup`, then `cdc ship --image new`:
 _UNSTREAMED: Final[set[str]] = set()  # slots that this process found the server cannot stream
 STATUS_INTERVAL_S: Final = 10.0  # the server's default wal_sender_timeout is 60 s
 _XLOGDATA: Final = ord("w")
+IDLE_S: Final = 0.25  # how soon a stop is noticed while nothing comes
 HANDOVER_S: Final = 5.0  # how long a predecessor's half-dead session may hold the slot
 
 
@@ -125,6 +126,7 @@ class LogicalShipper:
         get = wire.get_copy_data
         known, frames, room = assembler.known, assembler.frames, RUN_BYTES
         prefix = assembler.prefix
+        wait = wait_s
         with translated():
             while True:
                 size, data = get(1)
@@ -142,17 +144,20 @@ class LogicalShipper:
                         prefix = assembler.prefix
                         if transaction is not None:
                             yield transaction
+                            wait = wait_s
                         if frames:
                             continue
                     else:
                         self._keepalive(frame)
+                        wait = wait_s
                         continue
                     room = RUN_BYTES
                 elif size < 0:
                     self._ended()
-                elif self._readable(wait_s):
+                elif self._readable(wait):
                     wire.consume_input()
                 else:
+                    wait = IDLE_S  # all has been told: only news, or the next status, are worth waking for
                     self._send_status_when_due()
                     if assembler.idle:
                         yield Heartbeat(assembler.position)

@@ -41,6 +41,8 @@ from cdc.record import NULL, Checkpoint, Column, ImageProgress, Relation, RowSet
 from cdc.sql.mapping import declarations
 from cdc.stores import duckdb, sqlite
 from cdc.stores.embedded import EmbeddedPostgres
+from cdc.stores.postgresql import eyes
+from cdc.stores.postgresql import follower as postgresql
 from tests.fix_postgresql import DatabaseFactory
 
 INT4, INT8, TEXT, VARCHAR, NUMERIC, FLOAT4, FLOAT8, BOOL = 23, 20, 25, 1043, 1700, 700, 701, 16
@@ -68,7 +70,16 @@ def _duckdb(request: pytest.FixtureRequest, tmp_path: Path) -> Engine:
     return Engine("duckdb", lambda: duckdb.connect_follower(url), lambda: duckdb.connect_store(url), savepoints=False)
 
 
-ENGINES: dict[str, Callable[[pytest.FixtureRequest, Path], Engine]] = {"sqlite": _sqlite, "duckdb": _duckdb}
+def _postgresql(request: pytest.FixtureRequest, tmp_path: Path) -> Engine:
+    url = request.getfixturevalue("database")(request.getfixturevalue("postgres18"))
+    return Engine("postgresql", lambda: postgresql.connect_follower(url), lambda: eyes.connect_store(url))
+
+
+ENGINES: dict[str, Callable[[pytest.FixtureRequest, Path], Engine]] = {
+    "postgresql": _postgresql,
+    "sqlite": _sqlite,
+    "duckdb": _duckdb,
+}
 
 
 @pytest.fixture(params=list(ENGINES))
@@ -415,7 +426,8 @@ def _every_type(leader: psycopg.Connection) -> Relation:
     ).fetchall()
     described = leader.execute(
         "SELECT oid, typname, CASE WHEN typelem <> 0 THEN 'array' WHEN typtype = 'e' THEN 'enum' ELSE 'domain' END,"
-        " greatest(typelem, typbasetype)::oid FROM pg_type WHERE typname IN ('mood', '_mood', 'positive')"
+        " greatest(typelem, typbasetype)::oid, ARRAY(SELECT enumlabel::text FROM pg_enum WHERE enumtypid = t.oid"
+        " ORDER BY enumsortorder) FROM pg_type t WHERE typname IN ('mood', '_mood', 'positive')"
     ).fetchall()
     return Relation(
         9,
@@ -424,7 +436,10 @@ def _every_type(leader: psycopg.Connection) -> Relation:
         "d",
         tuple(Column(name, oid, modifier, key=name == "id") for name, oid, modifier in found),
         ("id",),
-        tuple(TypeDescription(oid, "public", name, kind, base) for oid, name, kind, base in described),
+        tuple(
+            TypeDescription(oid, "public", name, kind, base, tuple(labels))
+            for oid, name, kind, base, labels in described
+        ),
     )
 
 

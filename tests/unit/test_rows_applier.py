@@ -94,7 +94,8 @@ class MemoryFollower:
         self._now = deepcopy(self._mark)
 
     def read_checkpoint(self, stream: str) -> Checkpoint | None:
-        return self.now.checkpoints.get(stream)
+        found = self.now.checkpoints.get(stream)
+        return replace(found, epoch=self.now.owners.get(stream, found.epoch)) if found is not None else None
 
     def claim(self, stream: str) -> int:
         self.now.owners[stream] = self.now.owners.get(stream, 0) + 1

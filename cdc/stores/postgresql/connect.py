@@ -187,6 +187,7 @@ _STATES: Final[Mapping[str, type[CdcError]]] = {
     "42804": SchemaError,
     "42846": SchemaError,
     "42P01": SchemaError,
+    "42P07": SchemaError,
     "42P10": SchemaError,
     "44000": ConflictError,
     "53100": LocalIOError,

@@ -10,8 +10,10 @@ import json
 import re
 import select
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from dataclasses import replace as replace_in
 from typing import ClassVar, Final
 
 from psycopg import pq
@@ -22,6 +24,7 @@ from cdc.errors import (
     AccessError,
     CdcError,
     ConfigurationError,
+    ConflictError,
     FencedError,
     OutcomeUnknownError,
     SchemaError,
@@ -31,6 +34,7 @@ from cdc.ports import AddColumn, ChangeType, DropColumn, RenameColumn, RenameTab
 from cdc.position import Position, format_lsn, parse_lsn
 from cdc.record import NULL, Checkpoint, Column, Relation, RowSet, TypeDescription
 from cdc.sql.quote import identifier, literal, qualified
+from cdc.sql.sets import changing, waves
 from cdc.stores.postgresql.connect import Connection, connect, translate, translated
 from cdc.stores.postgresql.describe import FIRST_UNSTABLE_OID
 from cdc.wire import copy
@@ -114,6 +118,7 @@ class PostgresFollower:
         self._targets: dict[tuple[str, str], dict[str, _Target]] = {}
         self._prepared: dict[str, bytes] = {}
         self._open = False
+        self._claimed = False
 
     def prepare_session(self) -> None:
         try:
@@ -158,8 +163,7 @@ class PostgresFollower:
     # State.
 
     def claim(self, stream: str) -> int:
-        if not self._values("SELECT to_regclass('cdc.relation')")[0][0]:
-            self._run(_STATE)
+        self._make_state()
         owner = self._values(
             "INSERT INTO cdc.checkpoint AS c (stream, owner) VALUES ($1, 1)"
             " ON CONFLICT (stream) DO UPDATE SET owner = c.owner + 1 RETURNING owner",
@@ -167,7 +171,16 @@ class PostgresFollower:
         )[0][0]
         return int(owner or 0)
 
+    def _has_state(self) -> bool:
+        return self._values("SELECT to_regclass('cdc.relation')")[0][0] is not None
+
+    def _make_state(self) -> None:
+        if not self._has_state():
+            self._run(_STATE)
+
     def read_checkpoint(self, stream: str) -> Checkpoint | None:
+        if not self._has_state():
+            return None
         rows = self._values(
             "SELECT source, epoch, lsn, next_offset, owner, image FROM cdc.checkpoint"
             " WHERE stream = $1 AND lsn IS NOT NULL",
@@ -181,6 +194,9 @@ class PostgresFollower:
         return Checkpoint(position, int(offset or 0), int(owner or 0), progress)
 
     def write_checkpoint(self, stream: str, checkpoint: Checkpoint) -> None:
+        if not self._claimed:
+            self._make_state()
+            self._claimed = True
         at = checkpoint.position
         result = self._execute(
             "UPDATE cdc.checkpoint SET source = $3, epoch = $4, lsn = $5, next_offset = $6, image = $7,"
@@ -197,11 +213,14 @@ class PostgresFollower:
             raise FencedError(f"stream {stream!r} has another applier on this follower")
 
     def read_relations(self, stream: str) -> Mapping[int, Relation]:
+        if not self._has_state():
+            return {}
         rows = self._values("SELECT body FROM cdc.relation WHERE stream = $1", stream)
         relations = [relation_from_json(json.loads(body or "")) for (body,) in rows]
         return {relation.id: relation for relation in relations}
 
     def write_relation(self, stream: str, relation: Relation) -> None:
+        self._make_state()
         self._execute(
             "INSERT INTO cdc.relation VALUES ($1, $2, $3) ON CONFLICT (stream, id) DO UPDATE SET body = EXCLUDED.body",
             _text(stream),
@@ -228,7 +247,8 @@ class PostgresFollower:
         ]
         if key:
             lines.append(f"PRIMARY KEY ({', '.join(map(identifier, key))})")
-        self._run(f"CREATE TABLE {_name(relation)} ({', '.join(lines)})")
+        with _naming(relation):
+            self._run(f"CREATE TABLE {_name(relation)} ({', '.join(lines)})")
         self._forget(relation)
 
     def _create_type(self, description: TypeDescription, types: Mapping[int, TypeDescription]) -> None:
@@ -336,11 +356,12 @@ class PostgresFollower:
         sql = type_sql(change.new.type_oid, change.new.modifier, types)
         if self._is(target, change.new, types):
             return  # no other type: one with more labels
+        empty = f" USING NULL::{sql}" if self.is_empty(relation) else ""  # there is nothing to convert
         try:
-            self._alter(relation, f"ALTER COLUMN {name} TYPE {sql}")
+            self._alter(relation, f"ALTER COLUMN {name} TYPE {sql}{empty}")
         except CdcError as error:
             raise SchemaError(
-                f"column {change.new.name!r} of {relation.label} became {sql}, which does not follow: {error}",
+                f"column {relation.label}.{change.new.name} became {sql}, which does not follow: {error}",
                 remedy=f"as on the leader: ALTER TABLE {_name(relation)} ALTER COLUMN {name} TYPE {sql} USING …",
             ) from error
 
@@ -368,45 +389,60 @@ class PostgresFollower:
     # Rows.
 
     def insert(self, rows: RowSet, *, replace: bool = False) -> int:
+        if not rows.rows:
+            return 0
         targets = self._resolve(rows, rows.columns)
-        if not replace and all(target.array_oid for target in targets) and b"t" not in rows.forms:
-            head = len(rows.columns).to_bytes(2)
-            body = b"".join([_COPY_HEAD, *[head + b"".join(row) for row in rows.rows], _COPY_TAIL])
-            return self._copy(rows.relation, [target.name for target in targets], body, "binary")
-        arrays = self._arrays(rows, rows.columns, rows.rows, targets)
+        with _naming(rows.relation):
+            if not replace and all(target.array_oid for target in targets) and b"t" not in rows.forms:
+                head = len(rows.columns).to_bytes(2)
+                body = b"".join([_COPY_HEAD, *[head + b"".join(row) for row in rows.rows], _COPY_TAIL])
+                return self._copy(rows.relation, [target.name for target in targets], body, "binary")
+            return self._insert(rows, targets, replace=replace)
+
+    def _insert(self, rows: RowSet, targets: Sequence[_Target], *, replace: bool) -> int:
         names = ", ".join(identifier(target.name) for target in targets)
         values = ", ".join(f"u.c{i}::{target.sql}" for i, target in enumerate(targets))
-        conflict = _on_conflict(rows.relation, targets) if replace else ""
         query = (
             f"INSERT INTO {_name(rows.relation)} ({names}) OVERRIDING SYSTEM VALUE"
-            f" SELECT {values} FROM {_unnest(targets)} {conflict}"
+            f" SELECT {values} FROM {_unnest(targets)} {_on_conflict(rows.relation, targets) if replace else ''}"
         )
-        return self._execute(query, *arrays).command_tuples or 0
+        key = rows.relation.primary_key or _identity_key(rows.relation)
+        places = [place for place, target in enumerate(targets) if target.name in key]
+        parts = (
+            waves([tuple(row[place] for place in places) for row in rows.rows]) if replace and places else [slice(None)]
+        )
+        count = 0
+        for part in parts:
+            count += (
+                self._execute(query, *self._arrays(rows, rows.columns, rows.rows[part], targets)).command_tuples or 0
+            )
+        return count
 
     def update(self, rows: RowSet) -> int:
-        targets = self._resolve(rows, rows.columns)
+        if not rows.matches:
+            return 0
+        columns, values = changing(rows)
+        moved = any(index in rows.match for index in columns) and values is not rows.matches
+        rows = replace_in(rows, columns=columns, rows=values)
+        targets = self._resolve(rows, columns)
         found = self._resolve(rows, rows.match)
         setting = ", ".join(f"{identifier(target.name)} = u.c{i}::{target.sql}" for i, target in enumerate(targets))
-        arrays = self._arrays(rows, rows.columns, rows.rows, targets)
-        arrays += self._arrays(rows, rows.match, rows.matches, found)
-        source = _unnest([*targets, *found])
-        if rows.unique:
-            where = _matching(found, len(targets))
-            query = f"UPDATE {_name(rows.relation)} t SET {setting} FROM {source} WHERE {where}"
-            return self._execute(query, *arrays).command_tuples or 0
-        query = (
-            f"UPDATE {_name(rows.relation)} t SET {setting} FROM {source} WHERE {self._one(rows, found, len(targets))}"
-        )
-        return self._each(rows, query, targets, found)
+        where = _matching(found, len(targets)) if rows.unique else self._one(rows, found, len(targets))
+        query = f"UPDATE {_name(rows.relation)} t SET {setting} FROM {_unnest([*targets, *found])} WHERE {where}"
+        # A row that gets another key may be what a later change looks for.
+        parts = _each(len(rows.matches)) if moved or not rows.unique else waves(rows.matches)
+        with _naming(rows.relation):
+            return self._in_parts(rows, query, targets, found, parts)
 
     def delete(self, rows: RowSet) -> int:
+        if not rows.matches:
+            return 0
         found = self._resolve(rows, rows.match)
-        if rows.unique:
-            arrays = self._arrays(rows, rows.match, rows.matches, found)
-            query = f"DELETE FROM {_name(rows.relation)} t USING {_unnest(found)} WHERE {_matching(found, 0)}"
-            return self._execute(query, *arrays).command_tuples or 0
-        query = f"DELETE FROM {_name(rows.relation)} t USING {_unnest(found)} WHERE {self._one(rows, found, 0)}"
-        return self._each(rows, query, [], found)
+        where = _matching(found, 0) if rows.unique else self._one(rows, found, 0)
+        query = f"DELETE FROM {_name(rows.relation)} t USING {_unnest(found)} WHERE {where}"
+        parts = [slice(None)] if rows.unique else _each(len(rows.matches))
+        with _naming(rows.relation):
+            return self._in_parts(rows, query, [], found, parts)
 
     def load(self, relation: Relation, body: bytes, form: str, *, replace: bool = False) -> int:
         rows = RowSet(relation, (b"b" if form == "binary" else b"t") * len(relation.columns))
@@ -430,12 +466,14 @@ class PostgresFollower:
         )
         return f"(t.tableoid, t.ctid) = (SELECT o.tableoid, o.ctid FROM {_name(rows.relation)} o WHERE {equal} LIMIT 1)"
 
-    def _each(self, rows: RowSet, query: str, targets: Sequence[_Target], found: Sequence[_Target]) -> int:
-        """Row by row: an earlier one may change what a later one finds."""
+    def _in_parts(
+        self, rows: RowSet, query: str, targets: Sequence[_Target], found: Sequence[_Target], parts: Iterable[slice]
+    ) -> int:
+        """One statement for each part: an earlier one may change what a later one finds."""
         count = 0
-        for index, match in enumerate(rows.matches):
-            arrays = self._arrays(rows, rows.columns, rows.rows[index : index + 1], targets) if targets else []
-            arrays += self._arrays(rows, rows.match, [match], found)
+        for part in parts:
+            arrays = self._arrays(rows, rows.columns, rows.rows[part], targets) if targets else []
+            arrays += self._arrays(rows, rows.match, rows.matches[part], found) if found else []
             count += self._execute(query, *arrays).command_tuples or 0
         return count
 
@@ -573,6 +611,19 @@ def _explained(error: CdcError) -> CdcError:
     return error
 
 
+@contextmanager
+def _naming(relation: Relation) -> Iterator[None]:
+    """A conflict names the table it is in."""
+    try:
+        yield
+    except ConflictError as error:
+        raise type(error)(f"{relation.label}: {error}", remedy=error.remedy) from error
+
+
+def _each(count: int) -> Iterator[slice]:
+    return (slice(index, index + 1) for index in range(count))
+
+
 def _name(relation: Relation) -> str:
     return qualified(relation.schema, relation.name)
 
@@ -603,8 +654,9 @@ def _on_conflict(relation: Relation, targets: Sequence[_Target]) -> str:
     if not key:
         return ""
     others = [identifier(target.name) for target in targets if target.name not in key]
-    action = "UPDATE SET " + ", ".join(f"{name} = EXCLUDED.{name}" for name in others) if others else "NOTHING"
-    return f"ON CONFLICT ({', '.join(map(identifier, key))}) DO {action}"
+    # Where all columns are key, one is set to itself: the row then counts as changed.
+    setting = ", ".join(f"{name} = EXCLUDED.{name}" for name in others or map(identifier, key[:1]))
+    return f"ON CONFLICT ({', '.join(map(identifier, key))}) DO UPDATE SET {setting}"
 
 
 def _array(element_oid: int, values: Sequence[bytes]) -> bytes:
