@@ -335,15 +335,19 @@ def _main() -> None:
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     stream = Stream(*order["stream"])
+    before_mb = _peak_mb()
     try:
         (stream.ship if order["what"] == "ship" else stream.apply)(stop=stop, **order["arguments"])
     except CdcError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n{error.remedy}\n")
         raise SystemExit(error.exit_code) from error
-    # Not getrusage: its peak is inherited from whoever started us.
+    sys.stdout.write(json.dumps({"grown_mb": _peak_mb() - before_mb}) + "\n")
+
+
+def _peak_mb() -> float:
+    """Not getrusage's: that peak is inherited from whoever started us."""
     [peak_kb] = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    peak_mb = int(peak_kb) / 1024
-    sys.stdout.write(json.dumps({"peak_mb": peak_mb}) + "\n")
+    return int(peak_kb) / 1024
 
 
 if __name__ == "__main__":

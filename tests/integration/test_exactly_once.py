@@ -10,7 +10,8 @@ import pytest
 from tests.fix_stream import FOLLOWERS, FollowerFactory, Stream, background, checkpoint, ended, eventually, query
 from tests.integration.test_stream import TABLES, Writer
 
-PEAK_MB_MAX = 150
+# The goal is 150 MB for a whole process; a `cdc` process has 30 before it opens anything, one of the tests' more.
+GROWN_MB_MAX = 150 - 30
 
 
 def _longer(stream: Stream, end: int) -> bool:
@@ -80,8 +81,8 @@ def test_a_large_transaction_in_small_memory(stream: Stream, new_follower: Follo
     stream.carry(follower)
     stream.run("INSERT INTO t SELECT g, repeat('x', 60), g, now() FROM generate_series(1, 300000) g")
     shipped, applied = ended(stream.process("ship")), ended(stream.process("apply", follower=follower))
-    assert shipped["peak_mb"] < PEAK_MB_MAX
-    assert applied["peak_mb"] < PEAK_MB_MAX
+    assert shipped["grown_mb"] < GROWN_MB_MAX
+    assert applied["grown_mb"] < GROWN_MB_MAX
     if kind == "postgresql":
         assert query(follower, "SELECT count(*) FROM t") == [(300_000,)]
     stream.assert_equal(follower)
