@@ -11,8 +11,6 @@ from cdc.wire import copy, pgoutput
 _INSERT: Final = ord("I")
 _NEW: Final = ord("N")
 _BULK_MIN: Final = 64  # inserts in a row that are worth a COPY of their own
-_COPY_HEAD: Final = copy.SIGNATURE + bytes(8)
-_COPY_TAIL: Final = b"\xff\xff"
 
 
 class Sets(Tables):
@@ -79,7 +77,7 @@ class Sets(Tables):
         done, after = pgoutput.copy_inserts(body, at, lengths, number, rows)
         if done:
             self._settle(table)
-            self._plan.append(Load(relation, b"".join([_COPY_HEAD, *rows, _COPY_TAIL]), done))
+            self._plan.append(Load(relation, b"".join([copy.HEADER, *rows, copy.TRAILER]), done))
         return done, after
 
     def _change(self, log: Log, head: TransactionHead, message: bytes) -> None:

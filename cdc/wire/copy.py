@@ -12,6 +12,8 @@ from cdc.errors import DecodeError
 from cdc.record import NULL
 
 SIGNATURE: Final = b"PGCOPY\n\xff\r\n\0"
+HEADER: Final = SIGNATURE + bytes(8)  # no flags, no extension
+TRAILER: Final = b"\xff\xff"
 _HEAD: Final = struct.Struct(">11sII")
 _CRITICAL_FLAGS: Final = 0xFFFF0000  # bit 16 says that OIDs are included, the others are unknown
 _COUNT: Final = struct.Struct(">h")

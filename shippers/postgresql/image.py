@@ -23,13 +23,12 @@ from cdc.record import ChunkPlan, Relation
 from cdc.sql.quote import identifier, literal, qualified
 from cdc.stores.postgresql.connect import Connection, connect, translate, translated
 from cdc.stores.postgresql.describe import describe, filters
+from cdc.wire import copy
 
 _WAIT_S: Final = 0.5
 CHUNK_BYTES: Final = 8 << 20  # of table per chunk: what a killed shipper or applier does again
 PART_BYTES: Final = 900 << 10  # of rows per message
 _UNKNOWN_ROW_BYTES: Final = 100  # where the table was never analyzed
-_HEADER: Final = b"PGCOPY\n\xff\r\n\0" + bytes(8)
-_TRAILER: Final = b"\xff\xff"
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +242,7 @@ def _beyond(relation: Relation, key: Sequence[str]) -> str:
 
 def _copy_out(connection: Connection, query: str, form: str) -> Iterator[ImageChunk]:
     """Rows in parts of about PART_BYTES, each a complete COPY body."""
-    head, tail = (_HEADER, _TRAILER) if form == "binary" else (b"", b"")
+    head, tail = (copy.HEADER, copy.TRAILER) if form == "binary" else (b"", b"")
     rows: list[bytes] = []
     size = 0
     for row in _copy_rows(connection, query, form):
@@ -262,7 +261,7 @@ def _copy_rows(connection: Connection, query: str, form: str) -> Iterator[bytes]
     result = wire.exec_(f"COPY ({query}) TO STDOUT (FORMAT {form})".encode())
     if result.status != pq.ExecStatus.COPY_OUT:
         raise translate(error_from_result(result))
-    get, skip = wire.get_copy_data, len(_HEADER) if form == "binary" else 0
+    get, skip = wire.get_copy_data, len(copy.HEADER) if form == "binary" else 0
     poll = select.poll()
     poll.register(wire.socket, select.POLLIN)
     with translated():
@@ -272,7 +271,7 @@ def _copy_rows(connection: Connection, query: str, form: str) -> Iterator[bytes]
             if length > 0:
                 row = bytes(data[skip:])  # the header stands before the first row in the same message
                 skip = 0
-                if row != _TRAILER:
+                if row != copy.TRAILER:
                     yield row
             elif length == 0:
                 poll.poll()

@@ -42,8 +42,6 @@ from cdc.wire.oids import type_sql
 from cdc.wire.values import text_reader
 
 _TEXT_OID: Final = 25
-_COPY_HEAD: Final = copy.SIGNATURE + bytes(8)
-_COPY_TAIL: Final = b"\xff\xff"
 _ARRAY: Final = struct.Struct(">iiIii")
 _LENGTH: Final = struct.Struct(">I")
 _LOAD_ROWS: Final = 10_000
@@ -395,7 +393,7 @@ class PostgresFollower:
         with _naming(rows.relation):
             if not replace and all(target.array_oid for target in targets) and b"t" not in rows.forms:
                 head = len(rows.columns).to_bytes(2)
-                body = b"".join([_COPY_HEAD, *[head + b"".join(row) for row in rows.rows], _COPY_TAIL])
+                body = b"".join([copy.HEADER, *[head + b"".join(row) for row in rows.rows], copy.TRAILER])
                 return self._copy(rows.relation, [target.name for target in targets], body, "binary")
             return self._insert(rows, targets, replace=replace)
 
