@@ -1,17 +1,17 @@
 """A consistent image of the leader, tied to the exact log position the stream continues from.
 
-A temporary slot is created for its exported snapshot: the snapshot sees exactly the transactions that committed before
+:class:`PostgresSnapshot` reads any exported snapshot. For the logical log a temporary slot is created for its exported snapshot: the snapshot sees exactly the transactions that committed before
 the slot's consistent point, and the stream tells exactly those that commit after it.
 https://www.postgresql.org/docs/current/logicaldecoding-explanation.html#LOGICALDECODING-EXPLANATION-EXPORTED-SNAPSHOTS
 """
 
 import os
 import select
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Final
+from typing import Final, Protocol
 
 from psycopg import pq
 from psycopg.errors import error_from_result
@@ -31,9 +31,41 @@ PART_BYTES: Final = 900 << 10  # of rows per message
 _UNKNOWN_ROW_BYTES: Final = 100  # where the table was never analyzed
 
 
+class Scope(Protocol):
+    """What of the leader is copied."""
+
+    def relations(self, connection: Connection) -> Sequence[Relation]:
+        """As of the session's snapshot."""
+        ...
+
+    def conditions(self, connection: Connection) -> Mapping[int, str]:
+        """Of the rows that are copied, over the alias ``n``, by relation id; all where there is none."""
+        ...
+
+    def select(self, relation: Relation) -> Sequence[str]:
+        """The expression of each column, over the alias ``n``."""
+        ...
+
+
+class Published:
+    """What a publication shows."""
+
+    def __init__(self, publication: str) -> None:
+        self._publication = publication
+
+    def relations(self, connection: Connection) -> Sequence[Relation]:
+        return describe(connection, publication=self._publication)
+
+    def conditions(self, connection: Connection) -> Mapping[int, str]:
+        return filters(connection, publication=self._publication)
+
+    def select(self, relation: Relation) -> Sequence[str]:
+        return [f"n.{identifier(column.name)}" for column in relation.columns]
+
+
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """How a relation's rows are selected: what the publication shows of it, in a form its types have."""
+    """How a relation's rows are selected, in a form its types have."""
 
     table: str
     where: str
@@ -45,11 +77,11 @@ class _Source:
 class PostgresSnapshot:
     """Reads through as many connections as there are threads asking, all in the same snapshot."""
 
-    def __init__(self, url: str, name: str, position: Position, publication: str, *, text: bool) -> None:
+    def __init__(self, url: str, name: str, position: Position, scope: Scope, *, text: bool) -> None:
         self._url = url
         self._name = name
         self._position = position
-        self._publication = publication
+        self._scope = scope
         self._text = text
         self._idle: SimpleQueue[Connection] = SimpleQueue()
         self._sources: dict[int, _Source] = {}
@@ -63,10 +95,10 @@ class PostgresSnapshot:
 
     def relations(self) -> Sequence[Relation]:
         with self._connection() as connection:
-            relations = describe(connection, publication=self._publication)
+            relations = self._scope.relations(connection)
             _lock(connection, relations)
             _check_untouched(connection, relations)
-            self._sources = _sources(connection, self._publication, relations, text=self._text)
+            self._sources = _sources(connection, self._scope, relations, text=self._text)
             self._held = relations
         return relations
 
@@ -81,9 +113,9 @@ class PostgresSnapshot:
 
     def read(self, relation: Relation, plan: ChunkPlan, chunk: int) -> Iterator[ImageChunk]:
         source = self._sources[relation.id]
-        columns = ", ".join(identifier(column.name) for column in relation.columns)
+        columns = ", ".join(self._scope.select(relation))
         where = " AND ".join(filter(None, [source.where, *_range(relation, plan, chunk)]))
-        query = f"SELECT {columns} FROM {source.table}" + (f" WHERE {where}" if where else "")
+        query = f"SELECT {columns} FROM {source.table} n" + (f" WHERE {where}" if where else "")
         with self._connection() as connection:
             yield from _copy_out(connection, query, source.form)
 
@@ -149,7 +181,7 @@ def snapshot(
             raise translate(error_from_result(result))
         point = (result.get_value(0, 1) or b"").decode()
         name = (result.get_value(0, 2) or b"").decode()
-        image = PostgresSnapshot(url, name, Position(source, timeline, parse_lsn(point)), publication, text=text)
+        image = PostgresSnapshot(url, name, Position(source, timeline, parse_lsn(point)), Published(publication), text=text)
         try:
             yield image
         finally:
@@ -184,9 +216,9 @@ _REWRITTEN: Final = """
 
 
 def _sources(
-    connection: Connection, publication: str, relations: Sequence[Relation], *, text: bool
+    connection: Connection, scope: Scope, relations: Sequence[Relation], *, text: bool
 ) -> dict[int, _Source]:
-    where = filters(connection, publication=publication)
+    where = {id_: f"({condition})" for id_, condition in scope.conditions(connection).items()}
     with translated():
         rows = connection.execute(
             """

@@ -15,10 +15,13 @@ from cdc.stores.postgresql.connect import Connection, fetch
 
 # Below this OID stand the types whose OID is the same on every server.
 FIRST_UNSTABLE_OID: Final = 10_000
+_TRIGGER_LOG: Final = {"change_0", "change_1", "tick", "shape", "captured", "granted", "secret"}
 
 
 def is_ours(relation: Relation) -> bool:
-    """Is it where a follower keeps its checkpoint? A leader that is itself a follower publishes it, to no use."""
+    """Is it our own: where a follower keeps its checkpoint, or a leader its trigger log? It is published to no use."""
+    if relation.schema.startswith("cdc_"):
+        return relation.name in _TRIGGER_LOG
     return relation.schema == "cdc" and relation.name in {"checkpoint", "relation"}
 
 

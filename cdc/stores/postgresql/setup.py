@@ -80,12 +80,12 @@ def plan_setup(
     _must_be_able(connection)
     publication = _publication(connection, names.publication)
     _must_be_usable_slot(connection, names, published=publication is not None)
-    scope = _scope(connection, tables, schemas)
-    wanted = _targets(connection, scope, schemas=schemas, everything=not tables and not schemas)
+    asked = scope(connection, tables, schemas)
+    wanted = _targets(connection, asked, schemas=schemas, everything=not tables and not schemas)
     if publication is not None:
         _must_match(names.publication, publication, wanted if tables or schemas else None)
     return [
-        *_identity_steps(_captured(connection, names.publication, scope, publication), mend=mend_identity),
+        *_identity_steps(_captured(connection, names.publication, asked, publication), mend=mend_identity),
         Step(
             f"publication {names.publication}: {wanted.text}",
             create_publication(names.publication, wanted.sql, connection.info.server_version),
@@ -275,9 +275,11 @@ def _must_be_usable_slot(connection: Connection, names: Names, *, published: boo
         )
 
 
-def _scope(connection: Connection, tables: Sequence[str], schemas: Sequence[str]) -> list[Any]:
+def scope(
+    connection: Connection, tables: Sequence[str], schemas: Sequence[str], among: LiteralString = TABLES
+) -> list[Any]:
     """The tables asked for, all where nothing is asked; partitions come with their roots."""
-    everything = fetch(connection, TABLES)
+    everything = fetch(connection, among)
     if not tables and not schemas:
         return everything
     existing = {row.nspname for row in fetch(connection, "SELECT nspname FROM pg_namespace")}
