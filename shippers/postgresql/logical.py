@@ -14,23 +14,20 @@ from typing import ClassVar, Final, Literal
 from psycopg import pq
 from psycopg.errors import error_from_result
 
-from cdc.errors import ConfigurationError, DivergedError, FencedError, GapError, TransientError, UnavailableError
+from cdc.errors import ConfigurationError, DivergedError, TransientError, UnavailableError
 from cdc.ports import Snapshot
 from cdc.position import Position, format_lsn, parse_lsn
-from cdc.record import Column, Format, Heartbeat, Relation, Transaction
+from cdc.record import Format, Heartbeat, Transaction
 from cdc.sql.quote import identifier, literal
-from cdc.stores.postgresql.connect import Connection, connect, source_of, translate, translated
-from cdc.stores.postgresql.describe import enrich, is_ours
+from cdc.stores.postgresql.connect import Connection, connect, translate, translated
 from cdc.wire import pgoutput
 from shippers.postgresql import image
 from shippers.postgresql.assemble import RUN_BYTES, Assembler
+from shippers.postgresql.leader import IDLE_S, Leader, taking_over
 
-_ANEW: Final = "run `cdc teardown` and `cdc setup`, then `cdc ship --image new`: followers load that image"
 _UNSTREAMED: Final[set[str]] = set()  # slots that this process found the server cannot stream
 STATUS_INTERVAL_S: Final = 10.0  # the server's default wal_sender_timeout is 60 s
 _XLOGDATA: Final = ord("w")
-IDLE_S: Final = 0.25  # how soon a stop is noticed while nothing comes
-HANDOVER_S: Final = 5.0  # how long a predecessor's half-dead session may hold the slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,28 +42,20 @@ class Options:
     messages: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class _Slot:
-    confirmed_lsn: int
-    two_phase: bool
-
-
 class LogicalShipper:
     """Ships one slot. While open it holds a session lock on the leader, streaming also the slot itself."""
 
     format: ClassVar[Format] = Format.LOGICAL
 
-    def __init__(self, url: str, options: Options, catalog: Connection) -> None:
+    def __init__(self, url: str, options: Options, leader: Leader) -> None:
         self._url = url
         self._options = options
-        self._catalog = catalog
-        self.source, self.timeline = source_of(catalog)
+        self._leader = leader
         self._replication: Connection | None = None
         self._assembler: Assembler | None = None
         self._poll = select.poll()
         self._confirmed_lsn = 0
         self._status_due = 0.0
-        self._publication: int | None = None
 
     @classmethod
     def open(cls, url: str, options: Options) -> "LogicalShipper":
@@ -74,26 +63,17 @@ class LogicalShipper:
 
         :raises FencedError: another shipper has it.
         """
-        catalog = connect(url, application_name=f"cdc ship {options.slot}"[:63])
-        try:
-            _own(catalog, options.slot)
-            return cls(url, options, catalog)
-        except BaseException:
-            catalog.close()
-            raise
+        return cls(url, options, Leader.own(url, options.publication, options.slot))
 
     def snapshot(self) -> AbstractContextManager[Snapshot]:
-        self._slot()
-        options = self._options
+        self._leader.slot()
+        options, leader = self._options, self._leader
         return image.snapshot(
-            self._url, options.slot, options.publication, self.source, self.timeline, text=options.values == "text"
+            self._url, options.slot, options.publication, leader.source, leader.timeline, text=options.values == "text"
         )
 
     def end(self) -> Position:
-        with translated():
-            row = self._catalog.execute("SELECT pg_current_wal_flush_lsn()::text").fetchone()
-        assert row is not None  # noqa: S101
-        return Position(self.source, self.timeline, parse_lsn(row[0]))
+        return self._leader.end()
 
     def confirm(self, position: Position) -> None:
         floor = self._assembler.floor if self._assembler is not None else None
@@ -105,15 +85,16 @@ class LogicalShipper:
     def close(self) -> None:
         if self._assembler is not None:
             self._assembler.close()
-        for connection in (self._replication, self._catalog):
-            if connection is not None:
-                connection.close()
+        if self._replication is not None:
+            self._replication.close()
+        self._leader.close()
 
     def stream(self, after: Position, *, wait_s: float) -> Iterator[Transaction | Heartbeat]:
-        self._check_history(after)
-        self._check_publication()
-        slot = self._slot(after)
-        self._assembler = Assembler(Position(self.source, self.timeline, after.lsn), self._describe)
+        leader = self._leader
+        leader.check_history(after, self._branch)
+        leader.check_publication()
+        slot = leader.slot(after)
+        self._assembler = Assembler(Position(leader.source, leader.timeline, after.lsn), leader.describe)
         self._confirmed_lsn = slot.confirmed_lsn
         # A prepared transaction may have begun below `after`: only the slot knows where its oldest one lies.
         self._start(0 if slot.two_phase else after.lsn, two_phase=slot.two_phase)
@@ -189,7 +170,7 @@ class LogicalShipper:
 
     def _send_status_when_due(self) -> None:
         if time.monotonic() >= self._status_due:
-            self._check_publication()
+            self._leader.check_publication()
             self._send_status()
 
     def _send_status(self) -> None:
@@ -202,101 +183,24 @@ class LogicalShipper:
             self._replication.pgconn.flush()
         self._status_due = time.monotonic() + STATUS_INTERVAL_S
 
-    def _describe(self, message: pgoutput.RelationMessage) -> Relation | None:
-        relation = _relation(message)
-        return None if is_ours(relation) else enrich(self._catalog, relation)
-
     def _start(self, lsn: int, *, two_phase: bool) -> None:
         options = replace(self._options, streaming=self._options.streaming and self._options.slot not in _UNSTREAMED)
-        command = start_command(options, lsn, self._catalog.info.server_version, two_phase=two_phase)
-        deadline = time.monotonic() + HANDOVER_S
-        while True:
-            self._replication = connect(
-                self._url, replication=True, application_name=f"cdc ship {self._options.slot}"[:63]
-            )
-            result = self._replication.pgconn.exec_(command.encode())
-            if result.status == pq.ExecStatus.COPY_BOTH:
-                self._poll.register(self._replication.pgconn.socket, select.POLLIN)
-                return
-            error = translate(error_from_result(result))
-            self._replication.close()
-            self._replication = None
-            if not isinstance(error, FencedError) or time.monotonic() > deadline:
-                raise error
-            time.sleep(0.2)
+        command = start_command(options, lsn, self._leader.catalog.info.server_version, two_phase=two_phase)
+        self._replication = taking_over(lambda: self._started(command))
+        self._poll.register(self._replication.pgconn.socket, select.POLLIN)
 
-    def _slot(self, after: Position | None = None) -> _Slot:
-        """The slot, which must hold everything beyond ``after``.
-
-        :raises GapError: it is gone, invalidated, or was moved beyond what the topic holds.
-        :raises ConfigurationError: it never was, or is not one we can read.
-        """
-        name = self._options.slot
-        with translated():
-            row = self._catalog.execute(
-                "SELECT plugin, database = current_database(), wal_status, confirmed_flush_lsn::text, two_phase"
-                " FROM pg_replication_slots WHERE slot_name = %s",
-                (name,),
-            ).fetchone()
-        if row is None:
-            if after is not None:
-                raise GapError(f"slot {name!r} is gone: the leader no longer holds what follows {after}", remedy=_ANEW)
-            raise ConfigurationError(f"slot {name!r} does not exist", remedy="run `cdc setup` on the leader first")
-        plugin, here, wal_status, confirmed, two_phase = row
-        if plugin != "pgoutput" or not here:
-            raise ConfigurationError(
-                f"slot {name!r} is of plugin {plugin!r}" + ("" if here else " and of another database"),
-                remedy="name another slot with --slot, or drop that one and run `cdc setup`",
-            )
-        if wal_status == "lost":
-            raise GapError(f"slot {name!r} is invalidated: what follows {after or confirmed} is gone", remedy=_ANEW)
-        if confirmed is None:
-            raise ConfigurationError(f"slot {name!r} is not ready yet", remedy="wait until its creation has ended")
-        lsn = parse_lsn(confirmed)
-        if after is not None and lsn > after.lsn:
-            raise GapError(
-                f"slot {name!r} stands at {confirmed}, beyond {after} where the topic ends: "
-                "it was recreated, or somebody else read it"
-            )
-        return _Slot(lsn, bool(two_phase))
-
-    def _check_publication(self) -> None:
-        """From 18 on the server leaves out what a missing publication would publish, without an error.
-
-        :raises ConfigurationError: it is gone, or another one than before.
-        """
-        name = self._options.publication
-        with translated():
-            row = self._catalog.execute("SELECT oid FROM pg_publication WHERE pubname = %s", (name,)).fetchone()
-        if row is None or self._publication not in {None, row[0]}:
-            raise ConfigurationError(
-                f"publication {name!r} " + ("does not exist" if row is None else "was made anew while shipping"),
-                remedy="run `cdc setup`, then take a new image with `cdc ship --image new`: "
-                "changes made without the publication are not in the log",
-            )
-        self._publication = row[0]
-
-    def _check_history(self, after: Position) -> None:
-        """Is ``after`` a place in this leader's past?"""
-        if after.source != self.source:
-            raise ConfigurationError(
-                f"the topic is of leader {after.source}, this one is {self.source}",
-                remedy="check the leader's url, or use another --stream for another leader",
-            )
-        if after.epoch > self.timeline:
-            raise DivergedError(f"the topic is of timeline {after.epoch}, this leader of the older {self.timeline}")
-        if after.epoch < self.timeline:
-            branch = self._branch(after.epoch)
-            if branch < after.lsn:
-                raise DivergedError(
-                    f"timeline {self.timeline} branched off at {format_lsn(branch)}, "
-                    f"below {after} which the topic already holds"
-                )
+    def _started(self, command: str) -> Connection:
+        replication = connect(self._url, replication=True, application_name=f"cdc ship {self._options.slot}"[:63])
+        result = replication.pgconn.exec_(command.encode())
+        if result.status != pq.ExecStatus.COPY_BOTH:
+            replication.close()
+            raise translate(error_from_result(result))
+        return replication
 
     def _branch(self, epoch: int) -> int:
         """The LSN at which this leader's history left timeline ``epoch``."""
         with connect(self._url, replication=True) as connection:
-            result = connection.pgconn.exec_(f"TIMELINE_HISTORY {self.timeline}".encode())
+            result = connection.pgconn.exec_(f"TIMELINE_HISTORY {self._leader.timeline}".encode())
         if result.status != pq.ExecStatus.TUPLES_OK:
             raise translate(error_from_result(result))
         return branch_point((result.get_value(0, 1) or b"").decode(), epoch)
@@ -327,11 +231,6 @@ def start_command(options: Options, lsn: int, server_version: int, *, two_phase:
     return f"START_REPLICATION SLOT {identifier(options.slot)} LOGICAL {format_lsn(lsn)} ({text})"
 
 
-def _relation(message: pgoutput.RelationMessage) -> Relation:
-    columns = tuple(Column(c.name, c.type_oid, c.modifier, c.key) for c in message.columns)
-    return Relation(message.id, message.schema, message.name, message.identity, columns)
-
-
 def branch_point(history: str, epoch: int) -> int:
     """Where timeline ``epoch`` was left, from the text of a timeline history file.
 
@@ -345,16 +244,3 @@ def branch_point(history: str, epoch: int) -> int:
         if match and int(match[1]) == epoch:
             return parse_lsn(match[2])
     raise DivergedError(f"this leader's history does not contain timeline {epoch}")
-
-
-def _own(catalog: Connection, slot: str) -> None:
-    """Take the session lock that makes us the slot's only shipper, image phase included."""
-    deadline = time.monotonic() + HANDOVER_S
-    while True:
-        with translated():
-            row = catalog.execute("SELECT pg_try_advisory_lock(hashtext('cdc ship'), hashtext(%s))", (slot,)).fetchone()
-        if row is not None and row[0]:
-            return
-        if time.monotonic() > deadline:
-            raise FencedError(f"slot {slot!r} has another shipper")
-        time.sleep(0.2)
