@@ -169,6 +169,11 @@ class _Ship:
         """The position to stream from, after an image where one is wanted; None where we were told to stop."""
         options = self._options
         end = tail(self._broker, self._codec, options.stream)
+        if end.format not in {None, self._shipper.format}:
+            raise ConfigurationError(
+                f"topic {options.stream!r} holds a {end.format} log, and this is a {self._shipper.format} one",
+                remedy="ship it under another --stream",
+            )
         if options.image != "new" and end.position is not None:
             return end.position
         if options.image == "never":

@@ -25,7 +25,10 @@ from cdc.record import Format
 Group = Literal["cdc.shippers", "cdc.brokers", "cdc.event_brokers", "cdc.stores"]
 
 BUILT_IN: Final[Mapping[Group, Mapping[str, str]]] = {
-    "cdc.shippers": {"postgresql.logical": "cdc.cli.compose:open_postgresql_logical"},
+    "cdc.shippers": {
+        "postgresql.logical": "cdc.cli.compose:open_postgresql_logical",
+        "postgresql.trigger": "cdc.cli.compose:open_postgresql_trigger",
+    },
     "cdc.brokers": {"file": "cdc.brokers.embedded:connect", "kafka": "cdc.brokers.kafka:connect"},
     "cdc.event_brokers": {"kafka": "cdc.cli.compose:open_kafka_events"},
     "cdc.stores": {

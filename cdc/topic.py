@@ -1,13 +1,13 @@
 """Reading a topic other than by following it: where it ends, and one batch of it."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from cdc.errors import CdcError, GapError
 from cdc.ports import Broker, Codec
 from cdc.position import Position
-from cdc.record import Batch, Kind
+from cdc.record import Batch, Format, Kind
 
 READ_BYTES: Final = 4 << 20
 
@@ -20,6 +20,7 @@ class Tail:
     begin: Batch | None = None
     sequence: int = 0
     done: frozenset[tuple[int, int]] = frozenset()
+    format: Format | None = None
 
 
 def tail(broker: Broker, codec: Codec, topic: str) -> Tail:
@@ -30,8 +31,8 @@ def tail(broker: Broker, codec: Codec, topic: str) -> Tail:
     last = decoded(broker, codec, topic, following - 1)
     if last.kind in {Kind.LOG, Kind.HEARTBEAT, Kind.IMAGE_END}:
         whole = last.fragment is None or last.fragment.last
-        return Tail(last.position if whole else last.previous)
-    return _unfinished_image(broker, codec, topic)
+        return Tail(last.position if whole else last.previous, format=last.format)
+    return replace(_unfinished_image(broker, codec, topic), format=last.format)
 
 
 def _unfinished_image(broker: Broker, codec: Codec, topic: str) -> Tail:

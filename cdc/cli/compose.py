@@ -15,6 +15,19 @@ def open_postgresql_logical(url: str, capture: Capture) -> Shipper:
     return LogicalShipper.open(url, Options(capture.publication, capture.slot, capture.values))
 
 
+def open_postgresql_trigger(url: str, capture: Capture) -> Shipper:
+    """What PostgreSQL's triggers captured.
+
+    :raises UsageError: values are asked for as text.
+    """
+    from cdc.stores.postgresql.capture import schema_of
+    from shippers.postgresql.trigger import TriggerShipper
+
+    if capture.values != "binary":
+        raise UsageError("a trigger log holds values in binary form", remedy="leave out --values text")
+    return TriggerShipper.open(url, schema_of(capture.slot))
+
+
 def open_kafka_events(url: str, *, create: bool, partitions: int | None) -> EventBroker:
     """Kafka's own keys, headers and partitions.
 

@@ -100,8 +100,8 @@ def _functions(schema: str, wake: tuple[int, int]) -> Iterator[str]:
     yield _function(schema, "capture_whole()", "trigger", _capture(schema, wake, pairs=True))
     yield _function(schema, "capture_key()", "trigger", _capture_key(schema))
     yield _function(schema, "begin()", "trigger", _BEGIN)
-    tick = "tick(previous int8, snapshot pg_snapshot, timeline int4, shapes jsonb)"
-    yield _function(schema, tick, "timestamptz", _TICK.format(s=s))
+    tick = "tick(snapshot pg_snapshot, timeline int4, shapes jsonb)"
+    yield _function(schema, tick, "int8", _TICK.format(s=s))
     yield _function(schema, "forget(upto int8)", "void", _FORGET.format(s=s, schema=literal(schema)))
 
 
@@ -149,7 +149,7 @@ def create_triggers(schema: str, owner: str, wake: tuple[int, int], table: Table
         told = literal(mark) if table.nesting else ""
         created.append(
             f"CREATE OR REPLACE TRIGGER {trigger_name(schema, 'a_row')} AFTER UPDATE ON {name} FOR EACH ROW"
-            f" WHEN (ROW({old}) OPERATOR(pg_catalog.*<>) ROW({new})) EXECUTE FUNCTION {s}.capture_key({told})"
+            f" WHEN (ROW({old})::record OPERATOR(pg_catalog.*<>) ROW({new})::record) EXECUTE FUNCTION {s}.capture_key({told})"
         )
     return own + "; ".join(created)
 
@@ -163,7 +163,7 @@ def grant_reading(schema: str, role: str) -> str:
     """The statements that let ``role`` ship."""
     s, to = identifier(schema), identifier(role)
     called = ", ".join(
-        f"{s}.{function}" for function in ("tick(int8, pg_snapshot, int4, jsonb)", "forget(int8)", "hashed(text)")
+        f"{s}.{function}" for function in ("tick(pg_snapshot, int4, jsonb)", "forget(int8)", "hashed(text)")
     )
     tables = ", ".join(f"{s}.{name}" for name in (*map(change_table, SLOTS), "tick", "shape", "captured"))
     return (
@@ -312,13 +312,16 @@ END"""
 
 _HASHED: Final = "SELECT encode(sha256(salt || convert_to(value, 'UTF8')), 'hex') FROM {s}.secret"
 
+# Numbers go with the clock, hundredths of a second since 2026, so that those of a schema that was set up anew are higher
+# than those that a topic knows of the one before.
 _TICK: Final = """
 DECLARE
-    at timestamptz;
+    number int8 := greatest((SELECT max(id) FROM {s}.tick) + 1,
+        (extract(epoch FROM clock_timestamp() - timestamptz '2026-01-01 00:00:00+00') * 100)::int8, 1);
 BEGIN
-    INSERT INTO {s}.tick AS t (id, snapshot, timeline) VALUES (previous + 1, $2, $3) RETURNING t.made INTO at;
-    INSERT INTO {s}.shape SELECT (d ->> 'origin')::int8, previous + 1, d FROM jsonb_array_elements(shapes) d;
-    RETURN at;
+    INSERT INTO {s}.tick (id, snapshot, timeline) VALUES (number, $1, $2);
+    INSERT INTO {s}.shape SELECT (d ->> 'origin')::int8, number, d FROM jsonb_array_elements(shapes) d;
+    RETURN number;
 END"""
 
 # Emptied is a change table whose turn it is not and of which nothing is needed, as seen by somebody who has it alone.

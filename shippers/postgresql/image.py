@@ -1,7 +1,8 @@
 """A consistent image of the leader, tied to the exact log position the stream continues from.
 
-:class:`PostgresSnapshot` reads any exported snapshot. For the logical log a temporary slot is created for its exported snapshot: the snapshot sees exactly the transactions that committed before
-the slot's consistent point, and the stream tells exactly those that commit after it.
+:class:`PostgresSnapshot` reads any exported snapshot. For the logical log a temporary slot is created
+for its exported snapshot: the snapshot sees exactly the transactions that committed before the slot's consistent point,
+and the stream tells exactly those that commit after it.
 https://www.postgresql.org/docs/current/logicaldecoding-explanation.html#LOGICALDECODING-EXPLANATION-EXPORTED-SNAPSHOTS
 """
 
@@ -104,7 +105,10 @@ class PostgresSnapshot:
 
     def plan(self, relation: Relation) -> ChunkPlan:
         source = self._sources[relation.id]
-        if source.size_bytes <= 2 * CHUNK_BYTES or not relation.primary_key:
+        shown = self._scope.select(relation)
+        # A bound stands in the topic as it is: a key that is masked has none.
+        plain = all(f"n.{identifier(name)}" in shown for name in relation.primary_key)
+        if source.size_bytes <= 2 * CHUNK_BYTES or not relation.primary_key or not plain:
             return ChunkPlan(relation.id, ())
         width = source.size_bytes / source.rows if source.rows > 0 else _UNKNOWN_ROW_BYTES
         step = max(1, int(CHUNK_BYTES / max(1.0, width)))
@@ -181,7 +185,9 @@ def snapshot(
             raise translate(error_from_result(result))
         point = (result.get_value(0, 1) or b"").decode()
         name = (result.get_value(0, 2) or b"").decode()
-        image = PostgresSnapshot(url, name, Position(source, timeline, parse_lsn(point)), Published(publication), text=text)
+        image = PostgresSnapshot(
+            url, name, Position(source, timeline, parse_lsn(point)), Published(publication), text=text
+        )
         try:
             yield image
         finally:
@@ -215,9 +221,7 @@ _REWRITTEN: Final = """
 """
 
 
-def _sources(
-    connection: Connection, scope: Scope, relations: Sequence[Relation], *, text: bool
-) -> dict[int, _Source]:
+def _sources(connection: Connection, scope: Scope, relations: Sequence[Relation], *, text: bool) -> dict[int, _Source]:
     where = {id_: f"({condition})" for id_, condition in scope.conditions(connection).items()}
     with translated():
         rows = connection.execute(
@@ -277,7 +281,7 @@ def _copy_out(connection: Connection, query: str, form: str) -> Iterator[ImageCh
     head, tail = (copy.HEADER, copy.TRAILER) if form == "binary" else (b"", b"")
     rows: list[bytes] = []
     size = 0
-    for row in _copy_rows(connection, query, form):
+    for row in copy_rows(connection, query, form):
         rows.append(row)
         size += len(row)
         if size >= PART_BYTES:
@@ -287,7 +291,7 @@ def _copy_out(connection: Connection, query: str, form: str) -> Iterator[ImageCh
     yield ImageChunk(head + b"".join(rows) + tail, len(rows), form)
 
 
-def _copy_rows(connection: Connection, query: str, form: str) -> Iterator[bytes]:
+def copy_rows(connection: Connection, query: str, form: str) -> Iterator[bytes]:
     """The rows of COPY TO, one message each, without the binary form's header and trailer."""
     wire = connection.pgconn
     result = wire.exec_(f"COPY ({query}) TO STDOUT (FORMAT {form})".encode())

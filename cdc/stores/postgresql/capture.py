@@ -33,14 +33,14 @@ class Shape(NamedTuple):
 class Captured:
     """A table, or a partition of one, whose changes are captured: ``relation`` is the table as followers see it.
 
-    ``layout``: what its records hold; ``numbers``: the attribute numbers behind ``relation.columns``, by which two
-    descriptions are told apart that look alike. ``select`` and ``condition`` take the same from the table itself.
+    ``layout``: what its records hold; ``highest``: the highest attribute number it ever gave, which tells of columns
+    that came and went. ``select`` and ``condition`` take the same from the table itself.
     """
 
     origin: int
     relation: Relation
     layout: Layout
-    numbers: tuple[int | None, ...]
+    highest: int
     keyed: bool
     select: tuple[str, ...] = field(default=(), compare=False)
     condition: str = field(default="", compare=False)
@@ -51,20 +51,25 @@ class Captured:
             "relation": relation_json(self.relation),
             "types": list(self.layout.type_oids),
             "places": list(self.layout.places),
+            "highest": self.highest,
             "keyed": self.keyed,
         }
+
+    @property
+    def numbers(self) -> tuple[int | None, ...]:
+        """The attribute numbers behind the columns, by which two descriptions are told apart that look alike."""
+        return tuple(column.number for column in self.relation.columns)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Captured":
         relation = relation_from_json(value["relation"])
         layout = Layout(tuple(map(int, value["types"])), tuple(map(int, value["places"])))
-        numbers = tuple(column.number for column in relation.columns)
-        return cls(int(value["origin"]), relation, layout, numbers, bool(value["keyed"]))
+        return cls(int(value["origin"]), relation, layout, int(value["highest"]), bool(value["keyed"]))
 
 
-def schema_of(names: Names) -> str:
+def schema_of(slot: str) -> str:
     """The schema of a stream's trigger log: named so that nobody takes it for data (:func:`describe.is_ours`)."""
-    return names.slot if names.slot.startswith("cdc_") else f"cdc_{names.slot}"[:63]
+    return slot if slot.startswith("cdc_") else f"cdc_{slot}"[:63]
 
 
 def wake_of(schema: str) -> tuple[int, int]:
@@ -93,7 +98,7 @@ def plan_setup(
     :raises ConfigurationError: a table cannot be captured, or not in that shape.
     :raises AccessError: the role may not do it.
     """
-    schema = schema_of(names)
+    schema = schema_of(names.slot)
     if _one(connection, "SELECT pg_is_in_recovery() AS yes").yes:
         raise ConfigurationError("the server is a standby, which has no triggers", remedy="run setup on its primary")
     owner, role_step = _owner(connection, schema)
@@ -109,7 +114,7 @@ def plan_setup(
 
 def plan_teardown(connection: Connection, names: Names) -> list[Step]:
     """What takes the triggers, the schema and its role away again."""
-    schema = schema_of(names)
+    schema = schema_of(names.slot)
     owner = _owner_name(schema)
     there = _is_there(connection, schema)
     granted = fetch(connection, f"SELECT revoke FROM {identifier(schema)}.granted ORDER BY revoke") if there else []
@@ -359,9 +364,9 @@ def _remember(schema: str, table: _Wanted) -> str:
 
 # A trigger that was disabled for a while has another row version than before.
 _TRIGGERS: Final[LiteralString] = """
-    SELECT coalesce(string_agg(t.oid || ' ' || t.xmin || ' ' || t.tgenabled, ',' ORDER BY t.oid), '')
-    FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
-    WHERE p.pronamespace = to_regnamespace({schema}) AND t.tgrelid = ANY ({origins}::oid[])
+    SELECT coalesce(string_agg(concat_ws(' ', g.oid, g.xmin, g.tgenabled), ',' ORDER BY g.oid), '')
+    FROM pg_trigger g JOIN pg_proc p ON p.oid = g.tgfoid
+    WHERE p.pronamespace = to_regnamespace({schema}) AND g.tgrelid = ANY ({origins}::oid[])
 """
 
 
@@ -435,6 +440,8 @@ def faults(connection: Connection, schema: str) -> list[Fault]:
         SELECT t.relation, coalesce(s.nspname || '.' || c.relname, t.relation::text) AS label, c.oid IS NULL AS gone,
                t.triggers IS DISTINCT FROM ({_TRIGGERS.format(schema=literal(identifier(schema)), origins="t.origins")})
                    AS altered,
+               (SELECT min(o) FROM unnest(t.origins) o WHERE o <> t.relation
+                AND o NOT IN (SELECT p.relid::oid::int8 FROM pg_partition_tree(c.oid) p)) AS left_out,
                ARRAY(SELECT p.relid::regclass::text FROM pg_partition_tree(c.oid) p JOIN pg_class k ON k.oid = p.relid
                      WHERE k.relkind IN ('r', 'p') AND p.relid::oid::int8 <> ALL (t.origins)) AS uncovered,
                (SELECT max(g.tgname::text) FROM pg_trigger g JOIN pg_proc f ON f.oid = g.tgfoid
@@ -446,6 +453,9 @@ def faults(connection: Connection, schema: str) -> list[Fault]:
     for row in fetch(connection, query):
         if row.gone:
             found.append(Fault(row.relation, f"captured table {row.label} was dropped"))
+        elif row.left_out is not None:
+            message = f"a partition of {row.label} was dropped or detached, and its rows are still on followers"
+            found.append(Fault(row.relation, message))
         elif row.altered:
             found.append(Fault(row.relation, f"triggers on {row.label} were dropped, disabled or altered"))
         elif row.uncovered:
@@ -453,6 +463,23 @@ def faults(connection: Connection, schema: str) -> list[Fault]:
         elif row.nests is not None:
             found.append(Fault(row.relation, f"{row.label} got trigger {row.nests!r}, which ours do not reckon with"))
     return found
+
+
+def fingerprint(connection: Connection, origins: Sequence[int]) -> str:
+    """Something that differs whenever the catalog tells of these tables, or of their triggers, anything else."""
+    return str(fetch(connection, f"SELECT {FINGERPRINT} AS text", {"origins": list(origins)})[0].text)
+
+
+# Of every row the transaction that wrote it: whatever is altered has another one.
+FINGERPRINT: Final[LiteralString] = """(
+    SELECT string_agg(f.rows || ' ' || coalesce(f.sum, 0), ',' ORDER BY f.number) FROM (
+        SELECT 1, count(*), sum(xmin::text::int8) FROM pg_attribute WHERE attrelid = ANY (%(origins)s::oid[])
+        UNION ALL SELECT 2, count(*), sum(xmin::text::int8) FROM pg_class WHERE oid = ANY (%(origins)s::oid[])
+        UNION ALL SELECT 3, count(*), sum(xmin::text::int8) FROM pg_index WHERE indrelid = ANY (%(origins)s::oid[])
+        UNION ALL SELECT 4, count(*), sum(xmin::text::int8) FROM pg_trigger WHERE tgrelid = ANY (%(origins)s::oid[])
+        UNION ALL SELECT 5, count(*), sum(xmin::text::int8) FROM pg_inherits WHERE inhparent = ANY (%(origins)s::oid[])
+        UNION ALL SELECT 6, count(*), sum(xmin::text::int8) FROM pg_enum
+    ) f(number, rows, sum))"""
 
 
 def describe_captured(connection: Connection, schema: str) -> list[Captured]:
@@ -476,8 +503,10 @@ def describe_captured(connection: Connection, schema: str) -> list[Captured]:
 
 
 _ATTRIBUTES: Final[LiteralString] = """
-    SELECT attrelid::int8 AS origin, attname::text AS name, atttypid::int8 AS type_oid FROM pg_attribute
-    WHERE attrelid = ANY (%s::oid[]) AND attnum > 0 AND NOT attisdropped ORDER BY attrelid, attnum
+    SELECT a.attrelid::int8 AS origin, a.attname::text AS name, a.atttypid::int8 AS type_oid,
+           c.relnatts::int4 AS highest
+    FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid
+    WHERE a.attrelid = ANY (%s::oid[]) AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attrelid, a.attnum
 """
 
 
@@ -505,7 +534,7 @@ def _described(schema: str, noted: Any, relation: Relation, origin: int, attribu
         origin,
         replace(relation, columns=tuple(columns)),
         layout,
-        tuple(column.number for column in columns),
+        max((attribute.highest for attribute in attributes), default=0),
         noted.keyed,
         tuple(sql.masked(schema, column.name, masks.get(column.name, "")) for column in columns),
         noted.condition,
