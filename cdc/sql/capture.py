@@ -65,6 +65,11 @@ def masked(schema: str, column: str, mask: str) -> str:
     return f"CASE WHEN false THEN {value} END" if mask == "null" else value
 
 
+def parenthesized(condition: str) -> str:
+    """A condition that somebody wrote, as a part of ours; on lines of its own, should it end with a comment."""
+    return f"(\n{condition}\n)"
+
+
 def create_schema(schema: str, owner: str, wake: tuple[int, int]) -> str:
     """Everything but the triggers. ``wake``: the advisory lock that a shipper holds while it sleeps.
 
@@ -260,7 +265,7 @@ def _records(table: Table | None, rows: str) -> str:
     if table is None:
         return f"SELECT record_send(n.*) AS r FROM {rows} n"
     row = "n.*" if table.expressions is None else f"ROW({', '.join(table.expressions)})"
-    where = f" WHERE {table.condition}" if table.condition else ""
+    where = f" WHERE {parenthesized(table.condition)}" if table.condition else ""
     return f"SELECT record_send({row}) AS r FROM {rows} n{where}"
 
 

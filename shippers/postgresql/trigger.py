@@ -300,7 +300,7 @@ def _change(row: bytes) -> _Change:
 
 
 def _beyond(snapshot: str) -> str:
-    """The condition that a transaction is not seen by a snapshot (``xmin:xmax:xip,…``), which an index on xid serves."""
+    """The condition that a snapshot (``xmin:xmax:xip,…``) does not see a transaction, which an index on xid serves."""
     _, xmax, running = snapshot.split(":")
     open_then = f" OR xid IN ({', '.join(str(int(xid)) for xid in running.split(','))})" if running else ""
     return f"(xid >= {int(xmax)}{open_then})"

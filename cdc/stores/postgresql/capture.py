@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final, LiteralString, NamedTuple
 
 from cdc.codec import relation_from_json, relation_json
-from cdc.errors import AccessError, ConfigurationError
+from cdc.errors import AccessError, CdcError, ConfigurationError
 from cdc.record import Column, Relation
 from cdc.sql import capture as sql
 from cdc.sql.quote import identifier, literal, qualified
@@ -24,9 +24,47 @@ from cdc.wire.record import Layout
 class Shape(NamedTuple):
     """What of a table is captured. ``columns`` None is all of them; ``masks`` are "hash", "null" or "drop"."""
 
-    columns: tuple[str, ...] | None = None
-    masks: Mapping[str, str] = {}
-    condition: str = ""
+    columns: tuple[str, ...] | None
+    masks: Mapping[str, str]
+    condition: str
+
+
+class Shaping(NamedTuple):
+    """What is asked for of the tables, each by ``schema.table``.
+
+    Under "" stands what names no table: columns and a condition for the only one there is, a mask for every table that
+    has such a column.
+    """
+
+    columns: Mapping[str, tuple[str, ...]] = {}
+    masks: Mapping[tuple[str, str], str] = {}
+    conditions: Mapping[str, str] = {}
+
+    def of(self, label: str, columns: Sequence[str]) -> Shape:
+        masks = {name: mask for (table, name), mask in self.masks.items() if not table and name in columns}
+        masks |= {name: mask for (table, name), mask in self.masks.items() if table == label}
+        wanted = self.columns.get(label, self.columns.get(""))
+        return Shape(wanted, masks, self.conditions.get(label, self.conditions.get("", "")))
+
+    def check(self, tables: Mapping[str, Sequence[str]]) -> None:
+        """``tables``: the columns of each that is captured.
+
+        :raises ConfigurationError: something is asked for of nobody, or of whom is not said.
+        """
+        for label in (*self.columns, *self.conditions, *(table for table, _ in self.masks)):
+            if label and label not in tables:
+                raise ConfigurationError(
+                    f"{label!r} is given a shape and is not among the tables that are captured",
+                    remedy="write schema.table as the catalog has it, and name it among --tables",
+                )
+        if len(tables) != 1 and ("" in self.columns or "" in self.conditions):
+            raise ConfigurationError(
+                f"--columns or --where names no table, and {len(tables)} are captured",
+                remedy="write --columns 'schema.table(column, …)' and --where 'schema.table: condition'",
+            )
+        for table, name in self.masks:
+            if not table and not any(name in columns for columns in tables.values()):
+                raise ConfigurationError(f"no captured table has a column {name!r}", remedy="mend --mask")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +125,10 @@ def plan_setup(
     *,
     tables: Sequence[str] = (),
     schemas: Sequence[str] = (),
-    shapes: Mapping[str, Shape] | None = None,
+    shaping: Shaping = Shaping(),
     reader: str | None = None,
 ) -> list[Step]:
-    """What makes the leader capture these tables, by default all there are; ``shapes`` by ``schema.table``.
+    """What makes the leader capture these tables, by default all there are, in the shape asked for.
 
     Tables that are captured already stay so. Where what is captured changes, the stream needs a new image: its ticks
     are taken away, and a shipper says so. ``reader`` is the role that ships, where that is another one.
@@ -103,7 +141,7 @@ def plan_setup(
         raise ConfigurationError("the server is a standby, which has no triggers", remedy="run setup on its primary")
     owner, role_step = _owner(connection, schema)
     there = _is_there(connection, schema)
-    wanted = _wanted(connection, scope(connection, tables, schemas, EVERY_TABLE), schema, shapes or {})
+    wanted = _wanted(connection, scope(connection, tables, schemas, EVERY_TABLE), schema, shaping)
     return [
         *role_step,
         Step(f"schema {schema}", sql.create_schema(schema, owner, wake_of(schema)), done=there),
@@ -222,22 +260,19 @@ _ROOTS: Final[LiteralString] = """
                  AND NOT a.attisdropped AND a.attgenerated = '' ORDER BY a.attnum) AS columns,
            ARRAY(SELECT a.attname::text FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
                  WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped AND t.typsend = 0) AS unsendable,
-           has_table_privilege(c.oid, 'TRIGGER') AS allowed
+           has_table_privilege(c.oid, 'TRIGGER') AS allowed, has_table_privilege(c.oid, 'SELECT') AS readable
     FROM pg_class c JOIN pg_namespace s ON s.oid = c.relnamespace
     WHERE c.oid = ANY (%(ids)s::oid[]) ORDER BY s.nspname, c.relname
 """
 
 
-def _wanted(connection: Connection, asked: Sequence[Any], schema: str, shapes: Mapping[str, Shape]) -> list[_Wanted]:
+def _wanted(connection: Connection, asked: Sequence[Any], schema: str, shaping: Shaping) -> list[_Wanted]:
     ids = [row.id for row in asked if row.schema != schema and not (row.is_partition and not _is_alone(row, asked))]
     roots = [row for row in fetch(connection, _ROOTS, {"ids": ids, "schema": identifier(schema)}) if not _ours(row)]
-    left = set(shapes) - {f"{row.schema}.{row.name}" for row in roots}
-    if left:
-        raise ConfigurationError(
-            f"{sorted(left)[0]!r} is given a shape and is not among the tables that are captured",
-            remedy="write schema.table as the catalog has it, and name it among --tables",
-        )
-    return [_checked(row, connection, schema, shapes.get(f"{row.schema}.{row.name}", Shape())) for row in roots]
+    shaping.check({f"{row.schema}.{row.name}": row.columns for row in roots})
+    return [
+        _checked(connection, row, schema, shaping.of(f"{row.schema}.{row.name}", row.columns)) for row in roots
+    ]
 
 
 def _is_alone(row: Any, asked: Sequence[Any]) -> bool:
@@ -249,7 +284,7 @@ def _ours(row: Any) -> bool:
     return str(row.schema) == "cdc" or str(row.schema).startswith("cdc_")
 
 
-def _checked(row: Any, connection: Connection, schema: str, shape: Shape) -> _Wanted:
+def _checked(connection: Connection, row: Any, schema: str, shape: Shape) -> _Wanted:
     """The table as it is to be captured.
 
     :raises ConfigurationError: it cannot be, or not in that shape.
@@ -268,6 +303,8 @@ def _checked(row: Any, connection: Connection, schema: str, shape: Shape) -> _Wa
             f"no privilege to make triggers on {label}", remedy=f"GRANT TRIGGER ON {qualified(row.schema, row.name)}"
         )
     columns, masks = _columns(label, row, shape)
+    if shape.condition:
+        _try_condition(connection, row, label, shape.condition)
     expressions = None
     if columns is not None and masks is not None:
         expressions = tuple(sql.masked(schema, column, mask) for column, mask in zip(columns, masks, strict=True))
@@ -286,6 +323,19 @@ def _checked(row: Any, connection: Connection, schema: str, shape: Shape) -> _Wa
         for id_ in row.partitions or [row.id]
     )
     return _Wanted(row.id, label, origins, columns, masks, shape.condition)
+
+
+def _try_condition(connection: Connection, row: Any, label: str, condition: str) -> None:
+    """
+    :raises ConfigurationError: it is none for that table.
+    """
+    if not row.readable:
+        return
+    query = f"SELECT FROM {qualified(row.schema, row.name)} n WHERE {sql.parenthesized(condition)} LIMIT 0"
+    try:
+        fetch(connection, query)
+    except CdcError as error:
+        raise ConfigurationError(f"not a condition for {label}: {error}", remedy="mend --where") from error
 
 
 _NAMES: Final[LiteralString] = """
