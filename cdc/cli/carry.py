@@ -82,6 +82,7 @@ def _ship(settings: Settings) -> int:
 
 
 def _apply(settings: Settings) -> int:
+    from appliers.narrow import narrowed
     from appliers.rows import RowsApplier
 
     _check_codec(settings)
@@ -95,7 +96,10 @@ def _apply(settings: Settings) -> int:
     dialect = registry.scheme_of(settings.follower)
 
     def applier() -> Applier:
-        return RowsApplier(store.connect_follower(settings.follower), schema_changed=settings.schema_changed)
+        follower = store.connect_follower(settings.follower)
+        if settings.lacking == "leave-out":
+            follower = narrowed(follower)
+        return RowsApplier(follower, schema_changed=settings.schema_changed)
 
     def loop(codec: WatchedCodec, stop: threading.Event, meter: Meter) -> None:
         codec.on_image = lambda batch: _tell_losses(batch, dialect, meter)

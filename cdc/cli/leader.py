@@ -7,10 +7,13 @@ from typing import Any, Final
 
 from cdc import registry
 from cdc.cli.console import Console
-from cdc.cli.options import Settings
+from cdc.cli.options import READER, SHAPING, Settings
 from cdc.cli.session import leader_session
 from cdc.cli.urls import shown
-from cdc.errors import ConfigurationError
+from cdc.errors import ConfigurationError, UsageError
+from cdc.record import Format
+from cdc.stores.postgresql import capture
+from cdc.stores.postgresql.capture_check import check_triggers
 from cdc.stores.postgresql.connect import connect
 from cdc.stores.postgresql.preflight import Finding, check_follower, check_leader
 from cdc.stores.postgresql.setup import Step, plan_setup, plan_teardown
@@ -25,15 +28,38 @@ def run(settings: Settings) -> int:
 
 def _setup(settings: Settings) -> int:
     registry.shipper(settings.leader, settings.format)
+    tables, schemas = settings.tables or (), settings.schemas or ()
     with leader_session(settings.leader, settings) as (connection, names):
-        steps = plan_setup(connection, names, tables=settings.tables or (), schemas=settings.schemas or ())
+        if settings.format is Format.TRIGGER:
+            shaping = capture.Shaping(settings.columns or {}, settings.mask or {}, settings.where or {})
+            steps = capture.plan_setup(
+                connection, names, tables=tables, schemas=schemas, shaping=shaping, reader=settings.reader
+            )
+        else:
+            _refuse_shaping(settings)
+            steps = plan_setup(connection, names, tables=tables, schemas=schemas)
         return _run(settings, steps, connection)
+
+
+def _refuse_shaping(settings: Settings) -> None:
+    """
+    :raises UsageError: an option that only triggers heed.
+    """
+    for option in (*SHAPING, READER):
+        if getattr(settings, option.key) is not None:
+            raise UsageError(
+                f"--{option.name} is for --format trigger",
+                remedy="publish columns and rows by SQL: CREATE PUBLICATION … FOR TABLE t (a, b) WHERE (…)"
+                if option is not READER
+                else "leave it out",
+            )
 
 
 def _teardown(settings: Settings) -> int:
     registry.shipper(settings.leader, settings.format)
     with leader_session(settings.leader, settings) as (connection, names):
-        return _run(settings, plan_teardown(connection, names), connection)
+        plan = capture.plan_teardown if settings.format is Format.TRIGGER else plan_teardown
+        return _run(settings, plan(connection, names), connection)
 
 
 def _run(settings: Settings, steps: Sequence[Step], connection: Any) -> int:
@@ -73,7 +99,8 @@ def _check(settings: Settings) -> int:
 def _findings(settings: Settings, role: str, scheme: str) -> list[Finding]:
     if role == "leader":
         with leader_session(settings.url, settings) as (connection, names):
-            return check_leader(connection, names)
+            check = check_triggers if settings.format is Format.TRIGGER else check_leader
+            return check(connection, names)
     if scheme == "postgresql":
         with closing(connect(settings.url)) as connection:
             return check_follower(connection, None)

@@ -70,8 +70,58 @@ def _format(text: str) -> Format:
         return Format(text)
     except ValueError:
         raise UsageError(
-            f"unknown format {text!r}", remedy=f"the formats are {', '.join(Format)}; built so far: logical"
+            f"unknown format {text!r}", remedy=f"the formats are {', '.join(Format)}; built so far: logical, trigger"
         ) from None
+
+
+_TABLE_COLUMNS: Final = re.compile(r"\s*([^(),]+?)\s*\(([^()]*)\)\s*(?:,|$)")
+_TABLE_CONDITION: Final = re.compile(r"\s*([^\s:'\"()]+)\s*:(?!:)\s*(.+)", re.DOTALL)
+
+
+def _labelled(table: str) -> str:
+    """``schema.table``, "" for no table."""
+    return table if "." in table or not table else f"public.{table}"
+
+
+def _columns(text: str) -> dict[str, tuple[str, ...]]:
+    if "(" not in text:
+        return {"": tuple(_names(text))}
+    found: dict[str, tuple[str, ...]] = {}
+    at = 0
+    while at < len(text):
+        match = _TABLE_COLUMNS.match(text, at)
+        if match is None:
+            raise ValueError(f"not TABLE(COLUMN, …) at {text[at : at + 40]!r}")
+        found[_labelled(match[1])] = tuple(_names(match[2]))
+        at = match.end()
+    return found
+
+
+def _conditions(text: str) -> dict[str, str]:
+    from sqlparse import split  # which knows where a semicolon stands inside a string
+
+    found: dict[str, str] = {}
+    for part in split(text):
+        condition = part.strip().removesuffix(";").strip()
+        match = _TABLE_CONDITION.fullmatch(condition)
+        label = _labelled(match[1]) if match is not None else ""
+        if label in found:
+            raise ValueError(f"two conditions for {label or 'no table'}")
+        found[label] = match[2] if match is not None else condition
+    if not all(found.values()) or not found:
+        raise ValueError("an empty condition")
+    return found
+
+
+def _masks(text: str) -> dict[tuple[str, str], str]:
+    found: dict[tuple[str, str], str] = {}
+    for part in _names(text):
+        name, separator, mask = part.rpartition("=")
+        table, _, column = name.strip().rpartition(".")
+        if not separator or not column or mask.strip() not in ("hash", "null", "drop"):
+            raise ValueError(f"{part!r} is not COLUMN=hash, =null or =drop")
+        found[_labelled(table), column] = mask.strip()
+    return found
 
 
 def _ship_until(text: str) -> int | Literal["now"]:
@@ -89,7 +139,30 @@ TABLES = Option("tables", "only these tables, as schema.table, separated by comm
 SCHEMAS = Option("schemas", "only the tables of these schemas, separated by commas", _names, metavar="LIST")
 PUBLICATION = Option("publication", "the publication's name, by default the stream's", metavar="NAME")
 SLOT = Option("slot", "the replication slot's name, by default the stream's", metavar="NAME")
-FORMAT = Option("format", "the kind of log: logical", _format, Format.LOGICAL)
+FORMAT = Option("format", "the kind of log: logical (default) or trigger", _format, Format.LOGICAL)
+ANY_FORMAT = Option("format", "the kind of log, by default the one that the leader is set up for", _format)
+# What of the tables triggers capture.
+SHAPING: Final = (
+    Option(
+        "columns",
+        "trigger: only these columns: TABLE(COLUMN, …), …; without TABLE where there is only one",
+        _columns,
+        metavar="LIST",
+    ),
+    Option(
+        "where",
+        "trigger: only rows for which this holds: TABLE: CONDITION; …; without TABLE where there is only one",
+        _conditions,
+        metavar="CONDITION",
+    ),
+    Option(
+        "mask",
+        "trigger: [TABLE.]COLUMN=hash, =null or =drop, separated by commas; without TABLE in every table that has it",
+        _masks,
+        metavar="LIST",
+    ),
+)
+READER = Option("reader", "trigger: let this role ship, and read what is captured", metavar="ROLE")
 RETRY_S = Option(
     "retry-s", "seconds of retries without progress before giving up (default 60)", _number(float, 0, 1e9), 60.0, "S"
 )
@@ -148,6 +221,12 @@ EVENTS_IN: Final = (
 NATIVE_IN: Final = (
     Option("reload", "begin at the topic's newest image, if it is younger than the follower", None, False),
     Option("schema-changed", "the follower's tables were made to fit the leader's by hand", None, False),
+    Option(
+        "lacking",
+        "a column of the leader's that the follower's table lacks: stop (default), or leave-out",
+        _choice("stop", "leave-out"),
+        "stop",
+    ),
 )
 DRY_RUN = Option("dry-run", "print the statements, change nothing", None, False)
 
@@ -165,14 +244,14 @@ _NAMES: Final = (STREAM, PUBLICATION, SLOT)
 COMMANDS: Final[Mapping[str, Command]] = {
     "setup": Command(
         "cdc.cli.leader",
-        "make a leader ready: replica identities, publication, replication slot",
+        "make a leader ready: replica identities, publication, replication slot; or triggers",
         (_LEADER,),
-        (FORMAT, *_NAMES, TABLES, SCHEMAS, DRY_RUN),
+        (FORMAT, *_NAMES, TABLES, SCHEMAS, *SHAPING, READER, DRY_RUN),
         "cdc setup postgresql://postgres@db1:5432/shop --format logical --dry-run",
     ),
     "teardown": Command(
         "cdc.cli.leader",
-        "take the slot and the publication of a leader away again",
+        "take the slot and the publication of a leader, or its triggers, away again",
         (_LEADER,),
         (FORMAT, *_NAMES, DRY_RUN),
         "cdc teardown postgresql://postgres@db1:5432/shop",
@@ -183,6 +262,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
         (Argument("url", "the leader or follower"),),
         (
             Option("as", "leader or follower; by default leader for PostgreSQL", _choice("leader", "follower")),
+            FORMAT,
             *_NAMES,
         ),
         "cdc check postgresql://postgres@db1:5432/shop",
@@ -241,7 +321,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "cdc.cli.status",
         "show how far a leader's slot, a broker's topic and followers are",
         (Argument("urls", "a leader, a broker, followers: any of them", "+"),),
-        _NAMES,
+        (ANY_FORMAT, *_NAMES),
         "cdc status postgresql://postgres@db1:5432/shop file:///var/lib/cdc/log sqlite:////var/lib/cdc/shop.db",
     ),
     "verify": Command(
@@ -249,6 +329,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "compare a follower with its leader, row by row",
         (_LEADER, _FOLLOWER),
         (
+            ANY_FORMAT,
             *_NAMES,
             TABLES,
             SCHEMAS,

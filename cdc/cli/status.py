@@ -13,8 +13,9 @@ from cdc.cli.urls import native_topics, shown
 from cdc.codec import EnvelopeCodec
 from cdc.ports import Broker
 from cdc.position import format_lsn, parse_lsn
-from cdc.record import Batch, Checkpoint
-from cdc.stores.postgresql.status import leader_status
+from cdc.record import Batch, Checkpoint, Format
+from cdc.stores.postgresql import capture
+from cdc.stores.postgresql.status import has_slot, leader_status
 from cdc.topic import decoded
 
 _LOOKED_BACK_MAX: Final = 200  # batches, for the last one with a transaction
@@ -43,10 +44,17 @@ def run(settings: Settings) -> int:
 
 def _leader(url: str, settings: Settings) -> Report:
     with leader_session(url, settings) as (connection, names):
+        schema = capture.schema_of(names.slot)
+        chosen = settings.format
+        if chosen is None and not has_slot(connection, names) and capture.is_there(connection, schema):
+            chosen = Format.TRIGGER
+        if chosen is Format.TRIGGER:
+            return _capturing(url, names.stream, schema, capture.capture_status(connection, schema))
         status = leader_status(connection, names)
     return {
         "url": shown(url),
         "stream": names.stream,
+        "format": Format.LOGICAL.value,
         "publication": names.publication,
         "slot": names.slot,
         "current": format_lsn(status.current_lsn),
@@ -57,6 +65,23 @@ def _leader(url: str, settings: Settings) -> Report:
         "safe_wal_bytes": status.safe_wal_bytes,
         "wal_status": status.wal_status,
         "active": status.active_pid is not None,
+        "oldest_transaction_s": status.oldest_transaction_s,
+    }
+
+
+def _capturing(url: str, stream: str, schema: str, status: capture.CaptureStatus) -> Report:
+    return {
+        "url": shown(url),
+        "stream": stream,
+        "format": Format.TRIGGER.value,
+        "schema": schema,
+        "tables": status.tables,
+        "tick": status.tick,
+        "tick_age_s": status.tick_age_s,
+        "waiting_changes": status.changes,
+        "retained_bytes": status.size_bytes,
+        "lag_s": 0.0 if status.changes == 0 else None,
+        "open_transactions": status.open_transactions,
         "oldest_transaction_s": status.oldest_transaction_s,
     }
 
@@ -176,8 +201,11 @@ def _print(console: Console, report: Report) -> None:
 
 
 def _print_leader(console: Console, leader: Report) -> None:
-    safe = leader["safe_wal_bytes"]
     console.out(f"leader   {leader['url']}, stream {leader['stream']}")
+    if leader["format"] == Format.TRIGGER.value:
+        _print_capturing(console, leader)
+        return
+    safe = leader["safe_wal_bytes"]
     console.out(
         f"  slot {leader['slot']}: {'in use' if leader['active'] else 'not in use'}, WAL {leader['wal_status']}"
     )
@@ -189,6 +217,21 @@ def _print_leader(console: Console, leader: Report) -> None:
     )
     if leader["oldest_transaction_s"] is not None:
         console.out(f"  oldest open transaction {seconds_text(leader['oldest_transaction_s'])}")
+
+
+def _print_capturing(console: Console, leader: Report) -> None:
+    console.out(f"  triggers on {leader['tables']} tables write into schema {leader['schema']}")
+    tick = "none yet" if leader["tick"] is None else f"{leader['tick']}, {seconds_text(leader['tick_age_s'])} ago"
+    console.out(
+        f"  last tick {tick}; {leader['waiting_changes']} changes since, at most {seconds_text(leader['lag_s'])}"
+    )
+    console.out(f"  change tables hold {_size(leader['retained_bytes'])}")
+    if leader["open_transactions"]:
+        oldest = leader["oldest_transaction_s"]
+        age = "" if oldest is None else f", the oldest for {seconds_text(oldest)}"
+        console.out(
+            f"  {leader['open_transactions']} transactions are open{age}: what they wrote waits for their commit"
+        )
 
 
 def _print_follower(console: Console, follower: Report) -> None:

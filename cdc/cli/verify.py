@@ -6,7 +6,7 @@ The follower is read first, or at least fixed first, so that it is never ahead o
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, LiteralString, Protocol, runtime_checkable
 
 from cdc import registry
@@ -17,8 +17,10 @@ from cdc.cli.urls import must_be_postgresql, shown
 from cdc.errors import CdcError, ConfigurationError, ConflictError, SchemaError, TransientError, UsageError
 from cdc.ports import Store
 from cdc.position import Position
-from cdc.record import Checkpoint, Relation
+from cdc.record import Checkpoint, Format, Relation
 from cdc.sql.quote import identifier
+from cdc.stores.postgresql import capture
+from cdc.stores.postgresql.capture import Captured
 from cdc.stores.postgresql.connect import Connection, connect, fetch
 from cdc.stores.postgresql.describe import describe, describe_tables, filters
 from cdc.stores.postgresql.eyes import PostgresStore
@@ -85,13 +87,17 @@ def run(settings: Settings) -> int:
         leader = stack.enter_context(closing(PostgresStore(connect(settings.leader, application_name="cdc verify"))))
         follower = stack.enter_context(closing(plug.connect_store(settings.follower)))
         names = names_for(session.info.dbname, settings)
-        relations = _relations(session, names, settings)
+        captured = _captured(session, names, settings)
+        relations = _chosen(_relations(session, names, settings, captured), settings)
+        leader.conditions = _conditions(session, names, captured)
         console.note(f"comparing {len(relations)} tables of {shown(settings.leader)} with {shown(settings.follower)}")
-        comparison = _Comparison(session, leader, follower, names)
+        schema = capture.schema_of(names.slot)
+        log = _LogicalLog(session, names) if captured is None else _TriggerLog(session, leader, schema)
+        comparison = _Comparison(log, leader, follower, names)
         result = comparison.run(relations, wait_s=settings.wait)
         for table in result.tables:
             comparison.find_keys(table, limit=settings.keys)
-        _note_filters(session, names, result)
+        _note_filters(leader.conditions, captured or (), result)
         if registry.scheme_of(settings.follower) == "postgresql":
             _note_extra_columns(settings.follower, result)
     verdict = overall(table.verdict for table in result.tables)
@@ -105,8 +111,8 @@ def run(settings: Settings) -> int:
 class _Comparison:
     """Both stores, and what is known of how far the follower is."""
 
-    def __init__(self, session: Connection, leader: PostgresStore, follower: Store, names: Names) -> None:
-        self._session = session
+    def __init__(self, log: "_Log", leader: PostgresStore, follower: Store, names: Names) -> None:
+        self._log = log
         self._leader = leader
         self._follower = follower
         self._names = names
@@ -147,6 +153,7 @@ class _Comparison:
         followers = [_digest_or_none(self._follower, relation) for relation in relations]
         applied = self._applied()
         position = self._leader.freeze()
+        self._log.freeze()
         leaders = [digest(self._leader.lines(relation)) for relation in relations]
         still = applied == before
         # A follower that moved while it was read shows no one moment, and convicts nobody.
@@ -165,14 +172,14 @@ class _Comparison:
 
     def _is_settled(self, applied: Position | None, position: Position) -> bool:
         """Has the follower everything that the leader's snapshot saw? What does not follow cannot be behind."""
-        return applied is None or applied >= position or not _something_between(self._session, self._names, applied)
+        return applied is None or self._log.covers(applied, position) or not self._log.goes_beyond(applied)
 
     def _await(self, position: Position, deadline: float) -> bool:
         """Wait for the follower to reach a position of the leader's; False where the time is up first."""
         while time.monotonic() < deadline:
             self._thaw()
             applied = self._applied()
-            if applied is not None and applied >= position:
+            if applied is not None and self._log.covers(applied, position):
                 return True
             time.sleep(_POLL_S)
         return False
@@ -184,12 +191,16 @@ class _Comparison:
             self._follower.thaw()
 
 
-def _note_filters(session: Connection, names: Names, result: _Round) -> None:
-    """The rows a publication holds back are missing on the follower: say so where they may be the difference."""
-    conditions = filters(session, publication=names.publication) if _is_published(session, names) else {}
+def _note_filters(conditions: Mapping[int, str], captured: Sequence[Captured], result: _Round) -> None:
+    """What is held back of a table is no difference, but worth a word."""
+    masked = {each.relation.id: _masked(each) for each in captured}
     for table in result.tables:
-        if table.verdict is not Verdict.EQUAL and table.relation.id in conditions:
-            table.note = f"only rows where {conditions[table.relation.id]} are published"
+        notes = []
+        if condition := conditions.get(table.relation.id):
+            notes.append(f"only rows where {condition}")
+        if names := masked.get(table.relation.id):
+            notes.append(f"masked, not compared: {', '.join(names)}")
+        table.note = "; ".join(filter(None, [table.note, *notes]))
 
 
 def _note_extra_columns(url: str, result: _Round) -> None:
@@ -241,15 +252,55 @@ def _whole(checkpoint: Checkpoint) -> Position:
     return checkpoint.position.at(0) if loading else checkpoint.position
 
 
-def _relations(session: Connection, names: Names, settings: Settings) -> list[Relation]:
-    """What to compare: the stream's tables where there is a stream, else every ordinary table.
+def _captured(session: Connection, names: Names, settings: Settings) -> list[Captured] | None:
+    """What triggers capture, where it is their log that is followed; None where it is not."""
+    schema = capture.schema_of(names.slot)
+    chosen = settings.format
+    if chosen is None and (_is_published(session, names) or not capture.is_there(session, schema)):
+        return None
+    if chosen not in {None, Format.TRIGGER}:
+        return None
+    return [each for each in capture.describe_captured(session, schema) if each.origin == each.relation.id]
 
-    :raises ConfigurationError: there is no such publication, or no such table.
+
+def _conditions(session: Connection, names: Names, captured: Sequence[Captured] | None) -> Mapping[int, str]:
+    """The rows of each table that the log tells of."""
+    if captured is not None:
+        return {each.origin: each.condition for each in captured if each.condition}
+    return filters(session, publication=names.publication) if _is_published(session, names) else {}
+
+
+def _masked(captured: Captured) -> list[str]:
+    """The columns that hold something else on a follower."""
+    shown = zip(captured.relation.columns, captured.select, strict=True)
+    return [column.name for column, select in shown if select != f"n.{identifier(column.name)}"]
+
+
+def _relations(
+    session: Connection, names: Names, settings: Settings, captured: Sequence[Captured] | None
+) -> list[Relation]:
+    """What the stream tells of where there is one, else every ordinary table.
+
+    :raises ConfigurationError: there is no such publication.
     """
+    if captured is not None:
+        return [
+            replace(
+                each.relation,
+                columns=tuple(column for column in each.relation.columns if column.name not in _masked(each)),
+            )
+            for each in captured
+        ]
     if _is_published(session, names) or settings.publication is not None:
-        relations = describe(session, publication=names.publication)
-    else:
-        relations = describe_tables(session, [row.id for row in fetch(session, _ORDINARY)])
+        return describe(session, publication=names.publication)
+    return describe_tables(session, [row.id for row in fetch(session, _ORDINARY)])
+
+
+def _chosen(relations: list[Relation], settings: Settings) -> list[Relation]:
+    """Those of them that are asked for.
+
+    :raises ConfigurationError, UsageError: there is no such table or schema among them.
+    """
     wanted = [label if "." in label else f"public.{label}" for label in settings.tables or ()]
     labels = {relation.label for relation in relations}
     if absent := [label for label in wanted if label not in labels]:
@@ -267,7 +318,7 @@ def _relations(session: Connection, names: Names, settings: Settings) -> list[Re
 _ORDINARY: Final[LiteralString] = """
     SELECT c.oid::int8 AS id FROM pg_class c JOIN pg_namespace s ON s.oid = c.relnamespace
     WHERE c.relkind IN ('r', 'p') AND NOT c.relispartition AND c.relpersistence = 'p' AND c.oid >= 16384
-      AND s.nspname NOT IN ('information_schema', 'cdc') AND s.nspname !~ '^pg_'
+      AND s.nspname NOT IN ('information_schema', 'cdc') AND s.nspname !~ '^(pg|cdc)_'
 """
 
 # A commit of pgoutput: 'C', flags, the commit's LSN, and at byte 10 the LSN of its end.
@@ -281,18 +332,62 @@ _CONFIRMED: Final[LiteralString] = """
 """
 
 
-def _something_between(session: Connection, names: Names, applied: Position) -> bool:
-    """Has the leader committed anything of this stream beyond ``applied``? Where only time can tell: yes.
+class _Log(Protocol):
+    """What a stream's log tells of how far a follower is."""
 
-    The slot is looked into, which a shipper that runs does not allow, and which shows only what was not shipped yet.
-    """
-    slots = fetch(session, _CONFIRMED, [names.slot])
-    if not slots or slots[0].lsn is None or slots[0].lsn > applied.lsn:
-        return True
-    try:
-        return bool(fetch(session, _BETWEEN, [names.slot, identifier(names.publication), applied.lsn]))
-    except CdcError:  # taken by a shipper just now, or not ours to read
-        return True
+    def freeze(self) -> None:
+        """The leader's snapshot was just taken."""
+        ...
+
+    def covers(self, applied: Position, position: Position) -> bool:
+        """Has whoever applied that everything that the leader's snapshot sees, at ``position``?"""
+        ...
+
+    def goes_beyond(self, applied: Position) -> bool:
+        """Has the leader committed anything of this stream beyond ``applied``? Where only time can tell: yes."""
+        ...
+
+
+class _LogicalLog:
+    def __init__(self, session: Connection, names: Names) -> None:
+        self._session = session
+        self._names = names
+
+    def freeze(self) -> None:
+        pass
+
+    def covers(self, applied: Position, position: Position) -> bool:
+        return applied >= position
+
+    def goes_beyond(self, applied: Position) -> bool:
+        """The slot is looked into, which a running shipper does not allow, and shows only what was not shipped yet."""
+        slots = fetch(self._session, _CONFIRMED, [self._names.slot])
+        if not slots or slots[0].lsn is None or slots[0].lsn > applied.lsn:
+            return True
+        try:
+            publication = identifier(self._names.publication)
+            return bool(fetch(self._session, _BETWEEN, [self._names.slot, publication, applied.lsn]))
+        except CdcError:  # taken by a shipper just now, or not ours to read
+            return True
+
+
+class _TriggerLog:
+    """Its positions are ticks: what the leader's snapshot sees is compared with what the follower's tick saw."""
+
+    def __init__(self, session: Connection, leader: PostgresStore, schema: str) -> None:
+        self._session = session
+        self._leader = leader
+        self._schema = schema
+        self._seen = ""
+
+    def freeze(self) -> None:
+        self._seen = self._leader.snapshot()
+
+    def covers(self, applied: Position, position: Position) -> bool:  # noqa: ARG002 - a place in another log
+        return not capture.changed_between(self._session, self._schema, applied, self._seen)
+
+    def goes_beyond(self, applied: Position) -> bool:
+        return capture.changed_between(self._session, self._schema, applied, self._seen)
 
 
 def _json(result: _Round, verdict: Verdict) -> dict[str, Any]:

@@ -154,7 +154,8 @@ def create_triggers(schema: str, owner: str, wake: tuple[int, int], table: Table
         told = literal(mark) if table.nesting else ""
         created.append(
             f"CREATE OR REPLACE TRIGGER {trigger_name(schema, 'a_row')} AFTER UPDATE ON {name} FOR EACH ROW"
-            f" WHEN (ROW({old})::record OPERATOR(pg_catalog.*<>) ROW({new})::record) EXECUTE FUNCTION {s}.capture_key({told})"
+            f" WHEN (ROW({old})::record OPERATOR(pg_catalog.*<>) ROW({new})::record)"
+            f" EXECUTE FUNCTION {s}.capture_key({told})"
         )
     return own + "; ".join(created)
 
@@ -317,8 +318,8 @@ END"""
 
 _HASHED: Final = "SELECT encode(sha256(salt || convert_to(value, 'UTF8')), 'hex') FROM {s}.secret"
 
-# Numbers go with the clock, hundredths of a second since 2026, so that those of a schema that was set up anew are higher
-# than those that a topic knows of the one before.
+# Numbers go with the clock, in hundredths of a second since 2026, so that those of a schema that was set up anew are
+# higher than those that a topic knows of the one before.
 _TICK: Final = """
 DECLARE
     number int8 := greatest((SELECT max(id) FROM {s}.tick) + 1,

@@ -26,14 +26,13 @@ from cdc.record import Format, Heartbeat, Relation, Run, Transaction
 from cdc.sql.capture import SLOTS, change_table
 from cdc.sql.quote import identifier, literal, qualified
 from cdc.stores.postgresql import capture
-from cdc.stores.postgresql.capture import Captured
+from cdc.stores.postgresql.capture import ORDINAL_BITS, Captured
 from cdc.stores.postgresql.connect import Connection, connect, fetch, translated
 from cdc.wire import record
 from shippers.postgresql.assemble import RUN_BYTES
 from shippers.postgresql.image import PostgresSnapshot, copy_rows
 from shippers.postgresql.leader import IDLE_S, Leader
 
-ORDINAL_BITS: Final = 28
 _ORDINALS: Final = (1 << ORDINAL_BITS) - 1
 TICK_S: Final = 0.01  # between two ticks at least: what is committed meanwhile shares the next
 _FORGET_S: Final = 1.0

@@ -11,6 +11,7 @@ from typing import Any, Final, LiteralString, NamedTuple
 
 from cdc.codec import relation_from_json, relation_json
 from cdc.errors import AccessError, CdcError, ConfigurationError
+from cdc.position import Position
 from cdc.record import Column, Relation
 from cdc.sql import capture as sql
 from cdc.sql.quote import identifier, literal, qualified
@@ -116,6 +117,8 @@ def wake_of(schema: str) -> tuple[int, int]:
     return int.from_bytes(digest[:4], signed=True), int.from_bytes(digest[4:8], signed=True)
 
 
+EVERYTHING: Final = Shaping()
+
 # Setting up ----------------------------------------------------------------------------------------------------------
 
 
@@ -125,7 +128,7 @@ def plan_setup(
     *,
     tables: Sequence[str] = (),
     schemas: Sequence[str] = (),
-    shaping: Shaping = Shaping(),
+    shaping: Shaping = EVERYTHING,
     reader: str | None = None,
 ) -> list[Step]:
     """What makes the leader capture these tables, by default all there are, in the shape asked for.
@@ -140,7 +143,7 @@ def plan_setup(
     if _one(connection, "SELECT pg_is_in_recovery() AS yes").yes:
         raise ConfigurationError("the server is a standby, which has no triggers", remedy="run setup on its primary")
     owner, role_step = _owner(connection, schema)
-    there = _is_there(connection, schema)
+    there = is_there(connection, schema)
     wanted = _wanted(connection, scope(connection, tables, schemas, EVERY_TABLE), schema, shaping)
     return [
         *role_step,
@@ -154,7 +157,7 @@ def plan_teardown(connection: Connection, names: Names) -> list[Step]:
     """What takes the triggers, the schema and its role away again."""
     schema = schema_of(names.slot)
     owner = _owner_name(schema)
-    there = _is_there(connection, schema)
+    there = is_there(connection, schema)
     granted = fetch(connection, f"SELECT revoke FROM {identifier(schema)}.granted ORDER BY revoke") if there else []
     has_role = _one(connection, _HAS_ROLE, owner).yes
     return [
@@ -214,8 +217,9 @@ def _owner(connection: Connection, schema: str) -> tuple[str, list[Step]]:
     return name, [Step(f"role {name}", f"{create}GRANT {identifier(name)} TO CURRENT_USER", done=False)]
 
 
-def _is_there(connection: Connection, schema: str) -> bool:
-    """
+def is_there(connection: Connection, schema: str) -> bool:
+    """Is the schema there?
+
     :raises ConfigurationError: there is such a schema, and it is not ours.
     """
     row = _one(
@@ -270,9 +274,7 @@ def _wanted(connection: Connection, asked: Sequence[Any], schema: str, shaping: 
     ids = [row.id for row in asked if row.schema != schema and not (row.is_partition and not _is_alone(row, asked))]
     roots = [row for row in fetch(connection, _ROOTS, {"ids": ids, "schema": identifier(schema)}) if not _ours(row)]
     shaping.check({f"{row.schema}.{row.name}": row.columns for row in roots})
-    return [
-        _checked(connection, row, schema, shaping.of(f"{row.schema}.{row.name}", row.columns)) for row in roots
-    ]
+    return [_checked(connection, row, schema, shaping.of(f"{row.schema}.{row.name}", row.columns)) for row in roots]
 
 
 def _is_alone(row: Any, asked: Sequence[Any]) -> bool:
@@ -470,7 +472,7 @@ def fetch_captured(connection: Connection, schema: str) -> list[Any]:
 
     :raises ConfigurationError: there is no such schema.
     """
-    if not _is_there(connection, schema):
+    if not is_there(connection, schema):
         raise ConfigurationError(
             f"there is no schema {schema!r}: nothing is captured by triggers",
             remedy="run `cdc setup --format trigger` on the leader first",
@@ -595,3 +597,71 @@ def _masked(column: Column, mask: str) -> Column:
     if mask == "hash":
         return replace(column, type_oid=TEXT, modifier=-1, missing=None)
     return replace(column, not_null=False, missing=None) if mask == "null" else column
+
+
+# How far it is -------------------------------------------------------------------------------------------------------
+
+ORDINAL_BITS: Final = 28
+"""A position's number is a tick and, in so many low bits, how many transactions of the next one are done."""
+
+
+def changed_between(connection: Connection, schema: str, applied: Position, seen: str) -> bool:
+    """Does a snapshot see anything captured that whoever applied that has not got? Where that cannot be told: yes."""
+    number, part = applied.lsn >> ORDINAL_BITS, applied.lsn & ((1 << ORDINAL_BITS) - 1)
+    s = identifier(schema)
+    ticks = fetch(connection, f"SELECT snapshot::text AS text FROM {s}.tick WHERE id = %s", [number])
+    if part or not ticks:
+        return True
+    some = " OR ".join(
+        f"EXISTS (SELECT FROM {s}.{sql.change_table(slot)} WHERE txid_visible_in_snapshot(xid, %(seen)s::txid_snapshot)"
+        " AND NOT txid_visible_in_snapshot(xid, %(had)s::txid_snapshot))"
+        for slot in sql.SLOTS
+    )
+    return bool(fetch(connection, f"SELECT {some} AS yes", {"seen": seen, "had": ticks[0].text})[0].yes)
+
+
+class CaptureStatus(NamedTuple):
+    """How a trigger log stands.
+
+    ``tick`` is the newest one's number, ``tick_age_s`` how long ago it was made. ``changes`` counts what was captured
+    and committed since. ``size_bytes``: of the change tables. ``open_transactions``: how many that may have written are
+    not committed yet, the oldest for ``oldest_transaction_s``; what they captured waits for them, what others commit
+    meanwhile does not.
+    """
+
+    tick: int | None
+    tick_age_s: float | None
+    changes: int
+    size_bytes: int
+    tables: int
+    open_transactions: int
+    oldest_transaction_s: float | None
+
+
+def capture_status(connection: Connection, schema: str) -> CaptureStatus:
+    """:raises ConfigurationError: there is no such schema."""
+    tables = len(fetch_captured(connection, schema))
+    s = identifier(schema)
+    both = " UNION ALL ".join(f"SELECT xid FROM {s}.{sql.change_table(slot)}" for slot in sql.SLOTS)
+    sizes = " + ".join(f"pg_total_relation_size({literal(f'{s}.{sql.change_table(slot)}')})" for slot in sql.SLOTS)
+    query = f"""
+        WITH t AS (SELECT id, snapshot::text::txid_snapshot AS seen, made FROM {s}.tick ORDER BY id DESC LIMIT 1)
+        SELECT (SELECT id FROM t) AS tick,
+               (SELECT extract(epoch FROM clock_timestamp() - made)::float8 FROM t) AS tick_age_s,
+               (SELECT count(*) FROM ({both}) c
+                WHERE NOT EXISTS (SELECT FROM t WHERE txid_visible_in_snapshot(c.xid, t.seen)))::int8 AS changes,
+               ({sizes})::int8 AS size_bytes,
+               (SELECT count(*) FROM pg_snapshot_xip(pg_current_snapshot()))::int8 AS open_transactions,
+               (SELECT extract(epoch FROM clock_timestamp() - min(xact_start))::float8 FROM pg_stat_activity
+                WHERE backend_xid IS NOT NULL AND pid <> pg_backend_pid()) AS oldest_transaction_s
+    """
+    [row] = fetch(connection, query)
+    return CaptureStatus(
+        row.tick,
+        row.tick_age_s,
+        row.changes,
+        row.size_bytes,
+        tables,
+        row.open_transactions,
+        row.oldest_transaction_s,
+    )

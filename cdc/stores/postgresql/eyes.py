@@ -24,6 +24,8 @@ class PostgresStore:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._frozen: Position | None = None
+        self.conditions: Mapping[int, str] = {}
+        """Of the rows that are seen, over the alias ``n``, by relation id."""
 
     def freeze(self) -> Position:
         """Take a snapshot that every call sees until ``thaw``, and tell its position.
@@ -53,6 +55,11 @@ class PostgresStore:
         lsn: str = fetch(self._connection, _END_OF_LOG)[0].lsn
         source, epoch = source_of(self._connection)
         return Position(source, epoch, parse_lsn(lsn))
+
+    def snapshot(self) -> str:
+        """What is seen, as ``pg_snapshot``."""
+        text: str = fetch(self._connection, "SELECT pg_current_snapshot()::text AS text")[0].text
+        return text
 
     def checkpoints(self) -> Mapping[str, Checkpoint]:
         """What was applied here, by stream. Empty for a database that is no follower."""
@@ -122,7 +129,9 @@ class PostgresStore:
                 remedy="create it, or let `cdc apply` create it from the leader's description",
             )
         table = qualified(relation.schema, relation.name)
-        return table if found[0].kind == "p" else f"ONLY {table}"
+        rows = f"{table} n" if found[0].kind == "p" else f"ONLY {table} n"
+        condition = self.conditions.get(relation.id)
+        return f"{rows} WHERE ({condition})" if condition else rows
 
 
 def _shown(column: Column) -> str:

@@ -46,7 +46,7 @@ class Finding(NamedTuple):
 
 def check_leader(connection: Connection, names: Names) -> list[Finding]:
     """Look at a leader as `cdc ship --format logical` needs it. Changes nothing."""
-    leader = _Leader(connection, names)
+    leader = Leader(connection, names)
     return [finding for check in _LEADER for finding in check(leader)]
 
 
@@ -56,9 +56,9 @@ def check_follower(connection: Connection, relations: Sequence[Relation] | None)
     Changes nothing.
     """
     return [
-        *_version(connection),
+        *version(connection),
         *_writable(connection),
-        *_encoding(connection, written=True),
+        *encoding(connection, written=True),
         *_replica_role(connection),
         *_place(connection, relations),
         *_firing(connection, relations),
@@ -78,7 +78,7 @@ def _error(subject: str, message: str, *statements: str) -> Finding:
     return Finding("error", subject, message, statements)
 
 
-class _Leader:
+class Leader:
     """A leader being checked: what several checks ask for, asked once."""
 
     def __init__(self, connection: Connection, names: Names) -> None:
@@ -146,7 +146,7 @@ def _set(name: str, value: str, *, restart: bool) -> tuple[str, ...]:
 # The server.
 
 
-def _version(connection: Connection) -> Iterator[Finding]:
+def version(connection: Connection) -> Iterator[Finding]:
     major = connection.info.server_version // 10000
     if major < 15:
         yield _error("version", f"postgresql {major} is not supported", "-- upgrade to 15 or later")
@@ -156,7 +156,7 @@ def _version(connection: Connection) -> Iterator[Finding]:
         yield _ok("version", f"postgresql {major}")
 
 
-def _encoding(connection: Connection, *, written: bool) -> Iterator[Finding]:
+def encoding(connection: Connection, *, written: bool) -> Iterator[Finding]:
     """What is read converts to UTF8 from every encoding but none at all; what is written has to fit."""
     name = fetch(connection, "SELECT getdatabaseencoding()::text AS name")[0].name
     if name == "UTF8" or (name != "SQL_ASCII" and not written):
@@ -172,9 +172,9 @@ def _encoding(connection: Connection, *, written: bool) -> Iterator[Finding]:
     )
 
 
-def _leader_server(leader: _Leader) -> Iterator[Finding]:
-    yield from _version(leader.connection)
-    yield from _encoding(leader.connection, written=False)
+def _leader_server(leader: Leader) -> Iterator[Finding]:
+    yield from version(leader.connection)
+    yield from encoding(leader.connection, written=False)
     if fetch(leader.connection, "SELECT pg_is_in_recovery() AS yes")[0].yes:
         yield _warning("recovery", "the server is a standby: setup has to be run on its primary")
     level = leader.settings["wal_level"]
@@ -184,7 +184,7 @@ def _leader_server(leader: _Leader) -> Iterator[Finding]:
         yield _error("wal_level", f"wal_level is {level}", *_set("wal_level", "logical", restart=True))
 
 
-def _leader_room(leader: _Leader) -> Iterator[Finding]:
+def _leader_room(leader: Leader) -> Iterator[Finding]:
     in_use = fetch(leader.connection, _IN_USE)[0]
     senders = int(leader.settings["max_wal_senders"])
     # One reads the stream, one makes the snapshot.
@@ -205,7 +205,7 @@ def _room(name: str, limit: int, used: int, *, needed: int) -> Finding:
     return _error(name, f"{used} of {limit} in use", *_set(name, str(used + needed + 4), restart=True))
 
 
-def _leader_limits(leader: _Leader) -> Iterator[Finding]:
+def _leader_limits(leader: Leader) -> Iterator[Finding]:
     keep = int(leader.settings["max_slot_wal_keep_size"])
     if keep == -1:
         yield _warning(
@@ -239,7 +239,7 @@ def _leader_limits(leader: _Leader) -> Iterator[Finding]:
         yield _ok("logical_decoding_work_mem", f"{memory_kb} kB")
 
 
-def _leader_transactions(leader: _Leader) -> Iterator[Finding]:
+def _leader_transactions(leader: Leader) -> Iterator[Finding]:
     """Transactions that hold WAL back, and that the making of a slot waits for."""
     old = fetch(leader.connection, _OLD_TRANSACTIONS, [OLD_TRANSACTION_S])
     if not leader.role.sees:
@@ -272,7 +272,7 @@ _OLD_TRANSACTIONS: Final[LiteralString] = """
 # The slot and the publication.
 
 
-def _leader_publication(leader: _Leader) -> Iterator[Finding]:
+def _leader_publication(leader: Leader) -> Iterator[Finding]:
     name, publication = leader.names.publication, leader.publication
     if publication is None:
         everything = "FOR ALL TABLES"
@@ -314,7 +314,7 @@ def _is_ours(row: Any) -> bool:
     return row.schema == "cdc" and row.name in {"checkpoint", "relation"}
 
 
-def _narrowed(leader: _Leader, alter: str) -> Iterator[Finding]:
+def _narrowed(leader: Leader, alter: str) -> Iterator[Finding]:
     for row in fetch(leader.connection, _NARROWED, [leader.names.publication]):
         table = qualified(row.schema, row.name)
         what = " and ".join(
@@ -338,7 +338,7 @@ _NARROWED: Final[LiteralString] = """
 """
 
 
-def _leader_slot(leader: _Leader) -> Iterator[Finding]:
+def _leader_slot(leader: Leader) -> Iterator[Finding]:
     name, slot = leader.names.slot, leader.slot
     if slot is None:
         remedy = create_slot(name, leader.version)
@@ -376,7 +376,7 @@ _PUBLISHED_LATER: Final[LiteralString] = """
 """
 
 
-def _slot_space(leader: _Leader, slot: Any) -> Iterator[Finding]:
+def _slot_space(leader: Leader, slot: Any) -> Iterator[Finding]:
     keep = int(leader.settings["max_slot_wal_keep_size"]) * MIB
     if slot.safe_wal_size is None or keep <= 0:
         return
@@ -393,7 +393,7 @@ def _slot_space(leader: _Leader, slot: Any) -> Iterator[Finding]:
 # The tables.
 
 
-def _leader_identity(leader: _Leader) -> Iterator[Finding]:
+def _leader_identity(leader: Leader) -> Iterator[Finding]:
     bare = [row for row in leader.captured if not row.identified]
     if bare:
         remedy = _each(bare, lambda row: give_identity(row.schema, row.name, row.candidate))
@@ -412,7 +412,7 @@ def _leader_identity(leader: _Leader) -> Iterator[Finding]:
         yield _warning("replica identity", message, *(remedy or ["-- give the tables a primary key"]))
 
 
-def _leader_generated(leader: _Leader) -> Iterator[Finding]:
+def generated(leader: Leader) -> Iterator[Finding]:
     ids = [row.id for row in leader.captured]
     rows = fetch(leader.connection, _GENERATED, [ids])
     stored = [row for row in rows if row.kind == "s"]
@@ -444,7 +444,7 @@ def _columns(rows: Sequence[Any]) -> str:
     return ", ".join(names[:_NAMED_MAX]) + more
 
 
-def _leader_types(leader: _Leader) -> Iterator[Finding]:
+def _leader_types(leader: Leader) -> Iterator[Finding]:
     rows = fetch(leader.connection, _OPAQUE, [[row.id for row in leader.captured]])
     if rows:
         kinds = ", ".join(sorted({row.type for row in rows}))
@@ -474,7 +474,7 @@ _OPAQUE: Final[LiteralString] = """
 """
 
 
-def _leader_absent(leader: _Leader) -> Iterator[Finding]:
+def absent(leader: Leader) -> Iterator[Finding]:
     """What the logical log never carries."""
     objects = fetch(leader.connection, _ABSENT)
     for subject, message, statement in _NEVER_CARRIED:
@@ -535,7 +535,7 @@ _ABSENT: Final[LiteralString] = """
 """
 
 
-def _leader_privileges(leader: _Leader) -> Iterator[Finding]:
+def _leader_privileges(leader: Leader) -> Iterator[Finding]:
     role, name = leader.role, identifier(leader.role.name)
     if role.superuser:
         yield _ok("privileges", f"role {role.name!r} is a superuser")
@@ -566,7 +566,7 @@ _READABLE: Final[LiteralString] = """
 """
 
 
-_LEADER: Final[Sequence[Callable[[_Leader], Iterator[Finding]]]] = (
+_LEADER: Final[Sequence[Callable[[Leader], Iterator[Finding]]]] = (
     _leader_server,
     _leader_room,
     _leader_limits,
@@ -575,9 +575,9 @@ _LEADER: Final[Sequence[Callable[[_Leader], Iterator[Finding]]]] = (
     _leader_slot,
     _leader_transactions,
     _leader_identity,
-    _leader_generated,
+    generated,
     _leader_types,
-    _leader_absent,
+    absent,
 )
 
 

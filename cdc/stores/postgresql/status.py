@@ -28,6 +28,10 @@ class LeaderStatus(NamedTuple):
     oldest_transaction_s: float | None
 
 
+def has_slot(connection: Connection, names: Names) -> bool:
+    return bool(fetch(connection, "SELECT 1 FROM pg_replication_slots WHERE slot_name = %s", [names.slot]))
+
+
 def leader_status(connection: Connection, names: Names) -> LeaderStatus:
     """:raises ConfigurationError: there is no such slot."""
     for row in fetch(connection, _STATUS, [names.slot]):
