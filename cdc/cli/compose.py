@@ -9,7 +9,13 @@ from cdc.registry import Capture
 
 
 def open_postgresql_logical(url: str, capture: Capture) -> Shipper:
-    """PostgreSQL's logical log."""
+    """PostgreSQL's logical log, streamed or polled."""
+    if capture.poll_s is not None:
+        from shippers.postgresql import polling
+
+        return polling.PollingShipper.open(
+            url, polling.Options(capture.publication, capture.slot, capture.values, capture.poll_s)
+        )
     from shippers.postgresql.logical import LogicalShipper, Options
 
     return LogicalShipper.open(url, Options(capture.publication, capture.slot, capture.values))

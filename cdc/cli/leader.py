@@ -12,6 +12,7 @@ from cdc.cli.session import leader_session
 from cdc.cli.urls import shown
 from cdc.errors import ConfigurationError
 from cdc.stores.postgresql.connect import connect
+from cdc.stores.postgresql.polling import plan_polling, plan_polling_teardown
 from cdc.stores.postgresql.preflight import Finding, check_follower, check_leader
 from cdc.stores.postgresql.setup import Step, plan_setup, plan_teardown
 from cdc.stores.postgresql.setup import run as run_steps
@@ -26,14 +27,18 @@ def run(settings: Settings) -> int:
 def _setup(settings: Settings) -> int:
     registry.shipper(settings.leader, settings.format)
     with leader_session(settings.leader, settings) as (connection, names):
-        steps = plan_setup(connection, names, tables=settings.tables or (), schemas=settings.schemas or ())
+        tables, schemas = settings.tables or (), settings.schemas or ()
+        steps = plan_setup(connection, names, tables=tables, schemas=schemas)
+        if settings.polling is not None:
+            steps += plan_polling(connection, names, settings.polling, tables=tables, schemas=schemas)
         return _run(settings, steps, connection)
 
 
 def _teardown(settings: Settings) -> int:
     registry.shipper(settings.leader, settings.format)
     with leader_session(settings.leader, settings) as (connection, names):
-        return _run(settings, plan_teardown(connection, names), connection)
+        steps = [*plan_polling_teardown(connection, names), *plan_teardown(connection, names)]
+        return _run(settings, steps, connection)
 
 
 def _run(settings: Settings, steps: Sequence[Step], connection: Any) -> int:
@@ -73,7 +78,7 @@ def _check(settings: Settings) -> int:
 def _findings(settings: Settings, role: str, scheme: str) -> list[Finding]:
     if role == "leader":
         with leader_session(settings.url, settings) as (connection, names):
-            return check_leader(connection, names)
+            return check_leader(connection, names, polling=settings.polling)
     if scheme == "postgresql":
         with closing(connect(settings.url)) as connection:
             return check_follower(connection, None)

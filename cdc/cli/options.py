@@ -149,6 +149,8 @@ NATIVE_IN: Final = (
     Option("reload", "begin at the topic's newest image, if it is younger than the follower", None, False),
     Option("schema-changed", "the follower's tables were made to fit the leader's by hand", None, False),
 )
+POLLED_BY = Option("polling", "let this role ship by polling, without REPLICATION", metavar="ROLE")
+POLLING = Option("polling", "poll the slot by the functions of `cdc setup --polling`, without REPLICATION", None, False)
 DRY_RUN = Option("dry-run", "print the statements, change nothing", None, False)
 
 CONFIG = Option("config", "a TOML file with options (flags > environment CDC_… > file)", metavar="FILE")
@@ -167,7 +169,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "cdc.cli.leader",
         "make a leader ready: replica identities, publication, replication slot",
         (_LEADER,),
-        (FORMAT, *_NAMES, TABLES, SCHEMAS, DRY_RUN),
+        (FORMAT, *_NAMES, TABLES, SCHEMAS, POLLED_BY, DRY_RUN),
         "cdc setup postgresql://postgres@db1:5432/shop --format logical --dry-run",
     ),
     "teardown": Command(
@@ -183,6 +185,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
         (Argument("url", "the leader or follower"),),
         (
             Option("as", "leader or follower; by default leader for PostgreSQL", _choice("leader", "follower")),
+            POLLING,
             *_NAMES,
         ),
         "cdc check postgresql://postgres@db1:5432/shop",
@@ -214,6 +217,10 @@ COMMANDS: Final[Mapping[str, Command]] = {
                 _number(float, 0, 60_000),
                 5.0,
                 "MS",
+            ),
+            POLLING,
+            Option(
+                "poll-ms", "polling: how long to wait for news (default 100)", _number(float, 1, 60_000), 100.0, "MS"
             ),
             CODEC,
             *EVENTS_OUT,
