@@ -11,6 +11,7 @@ import pytest
 
 from cdc.cli import main
 from cdc.errors import AccessError, CdcError, ConfigurationError, FencedError, GapError
+from cdc.position import Position
 from cdc.sql.quote import identifier, qualified
 from cdc.stores.embedded import EmbeddedPostgres
 from cdc.stores.postgresql.connect import connect
@@ -18,6 +19,7 @@ from cdc.stores.postgresql.polling import Polled, plan_polling, plan_polling_tea
 from cdc.stores.postgresql.preflight import Finding, check_leader
 from cdc.stores.postgresql.setup import Names, Step, plan_setup, plan_teardown, run
 from shippers.postgresql import polling
+from shippers.postgresql.leader import Leader
 from shippers.postgresql.spool import MEMORY_BYTES
 from tests.fix_postgresql import DatabaseFactory, postgres_major
 from tests.fix_stream import PUBLICATION, STREAM, FollowerFactory, Stream, eventually, killed, query
@@ -321,6 +323,7 @@ def test_from_polling_to_streaming_and_back(polled: Polling, followers: list[str
 def test_a_large_transaction_and_many_windows(
     polled: Polling, new_follower: FollowerFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(polling, "IDLE_S", 0.001)  # many a heartbeat while the server decodes
     monkeypatch.setattr(polling, "WINDOW_BYTES", 1 << 16)
     monkeypatch.setattr(polling, "WINDOW_BYTES_MAX", 1 << 17)
     polled.setup()
@@ -378,20 +381,30 @@ def test_the_slot_moves_on_when_idle(polled: Polling) -> None:
         ("DROP PUBLICATION p", ConfigurationError, 78),
     ],
 )
-def test_what_ends_a_poller(polled: Polling, damage: str, error: type[CdcError], status: int) -> None:
+def test_what_ends_a_poller(
+    polled: Polling, monkeypatch: pytest.MonkeyPatch, damage: str, error: type[CdcError], status: int
+) -> None:
     polled.setup()
     stream = polled.stream
     polled.ship()
     place = Polled.of(stream.slot)
-    statement = damage.format(slot=stream.slot, schema=place.schema, role=polled.role)
+    open_gate = threading.Event()
+    open_gate.set()
+    end = Leader.end
+
+    def gated(leader: Leader) -> Position:
+        open_gate.wait(30)
+        return end(leader)
+
+    monkeypatch.setattr(Leader, "end", gated)
     with stream.shipping(leader=polled.url, poll_s=POLL_S) as shipper:
         time.sleep(0.2)
-        # In one transaction, so that the poller cannot come in between.
-        with psycopg.connect(stream.leader) as connection:
-            connection.execute("INSERT INTO t VALUES (1, 'one')")
-            connection.commit() if "slot" not in damage else None
-            connection.execute(statement.encode())
+        open_gate.clear()
+        time.sleep(0.2)
+        stream.run("INSERT INTO t VALUES (1, 'one')")
+        stream.run(damage.format(slot=stream.slot, schema=place.schema, role=polled.role))
         stream.run("INSERT INTO t VALUES (2, 'two')")
+        open_gate.set()
         ended_by = shipper.wait()
     assert isinstance(ended_by, error), ended_by
     assert ended_by.exit_code == status

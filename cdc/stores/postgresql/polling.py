@@ -172,8 +172,8 @@ def _function_step(connection: Connection, polled: Polled, function: _Function) 
         f"GRANT EXECUTE ON FUNCTION {name} TO {readers}",
     )
     found = fetch(connection, _FUNCTION, [polled.schema, function.name])
-    done = [(row.body, row.owner, row.is_safe, row.granted) for row in found] == [
-        (function.body, polled.owner, True, [polled.owner, polled.readers])
+    done = [(row.body, row.owner, row.is_safe, set(row.granted)) for row in found] == [
+        (function.body, polled.owner, True, {polled.owner, polled.readers})
     ]
     return Step(f"function {polled.schema}.{function.name}", "; ".join(statements), done)
 
@@ -182,7 +182,7 @@ _FUNCTION: Final[LiteralString] = f"""
     SELECT p.prosrc AS body, pg_get_userbyid(p.proowner)::text AS owner,
            p.prosecdef AND p.proconfig = ARRAY['{_PATH}'] AS is_safe,
            ARRAY(SELECT CASE WHEN grantee = 0 THEN 'public' ELSE pg_get_userbyid(grantee)::text END
-                 FROM aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) ORDER BY 1 DESC) AS granted
+                 FROM aclexplode(coalesce(p.proacl, acldefault('f', p.proowner)))) AS granted
     FROM pg_proc p JOIN pg_namespace s ON s.oid = p.pronamespace WHERE s.nspname = %s AND p.proname = %s
 """
 
