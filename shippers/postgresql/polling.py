@@ -19,13 +19,14 @@ from typing import ClassVar, Final, Literal
 import psycopg
 from psycopg import pq
 from psycopg.errors import error_from_result
+from psycopg.pq.abc import PGconn
 
 from cdc.errors import CdcError, ConfigurationError, FencedError, TransientError
 from cdc.ports import Snapshot
 from cdc.position import Position, format_lsn, parse_lsn
 from cdc.record import Format, Heartbeat, Transaction
 from cdc.sql.quote import literal
-from cdc.stores.postgresql.connect import Connection, connect, translate, translated
+from cdc.stores.postgresql.connect import Connection, connect, translated
 from cdc.stores.postgresql.polling import Polled, must_be_callable
 from cdc.wire import copy, pgoutput
 from shippers.postgresql.assemble import FRAME_BYTES, RUN_BYTES, Assembler
@@ -187,46 +188,27 @@ class PollingShipper:
 
     def _frames(self, upto: int) -> Iterator[bytes]:
         """What a peek returns; and an empty frame whenever nothing came for :data:`IDLE_S`."""
-        assert self._reader is not None  # noqa: S101
-        wire = self._reader.pgconn
         as_binary = str(self._options.values == "binary").lower()
         peek = f"{self._polled.function('peek')}({literal(format_lsn(upto))}, {as_binary})"
-        after = self._position
-        with self._explained(after), translated():
-            yield from self._begun(f"COPY (SELECT {_FILLER}, {peek}) TO STDOUT (FORMAT binary)")
-            poll = select.poll()
-            poll.register(wire.socket, select.POLLIN)
-            get, skip = wire.get_copy_data, len(copy.HEADER)
+        deadline = time.monotonic() + HANDOVER_S
+        with self._explained(self._position):
             while True:
-                size, data = get(1)
-                if size > 0:
-                    frame = bytes(data[skip:])
-                    if skip:
-                        # All was decoded before the first row came. Had the slot been moved until then, we see it now.
-                        self._leader.slot(after)
-                        skip = 0
-                    if frame != copy.TRAILER:
-                        yield frame
-                elif size < 0:
-                    break
-                elif poll.poll(IDLE_S * 1000):
-                    wire.consume_input()
+                try:
+                    yield from self._rows(f"COPY (SELECT {_FILLER}, {peek}) TO STDOUT (FORMAT binary)")
+                except FencedError:  # nothing was told yet: who peeks has the slot only while the server decodes
+                    if time.monotonic() > deadline:
+                        raise
                 else:
-                    yield b""
-            ended = wire.get_result()
-            if ended is not None and ended.status != pq.ExecStatus.COMMAND_OK:
-                raise error_from_result(ended)
-            while wire.get_result() is not None:
-                pass
+                    return
+                time.sleep(IDLE_S)
+                yield b""
 
-    def _begun(self, query: str) -> Iterator[bytes]:
-        """Start a COPY, as soon as nobody else uses the slot any more."""
+    def _rows(self, query: str) -> Iterator[bytes]:
         assert self._reader is not None  # noqa: S101
         wire = self._reader.pgconn
         poll = select.poll()
         poll.register(wire.socket, select.POLLIN)
-        deadline = time.monotonic() + HANDOVER_S
-        while True:
+        with translated():
             wire.send_query(query.encode())
             while wire.is_busy():
                 if poll.poll(IDLE_S * 1000):
@@ -234,15 +216,32 @@ class PollingShipper:
                 else:
                     yield b""
             result = wire.get_result()
-            assert result is not None  # noqa: S101
-            if result.status == pq.ExecStatus.COPY_OUT:
-                return
+            if result is not None and result.status == pq.ExecStatus.COPY_OUT:
+                yield from self._copied(wire, poll)
+                result = wire.get_result()
             while wire.get_result() is not None:
                 pass
-            error = translate(error_from_result(result))
-            if not isinstance(error, FencedError) or time.monotonic() > deadline:
-                raise error
-            time.sleep(IDLE_S)
+            if result is not None and result.status != pq.ExecStatus.COMMAND_OK:
+                raise error_from_result(result)
+
+    def _copied(self, wire: PGconn, poll: select.poll) -> Iterator[bytes]:
+        get, skip = wire.get_copy_data, len(copy.HEADER)
+        while True:
+            size, data = get(1)
+            if size > 0:
+                frame = bytes(data[skip:])
+                if skip:
+                    # All was decoded before the first row came. Had the slot been moved until then, we see it now.
+                    self._leader.slot(self._position)
+                    skip = 0
+                if frame != copy.TRAILER:
+                    yield frame
+            elif size < 0:
+                return
+            elif poll.poll(IDLE_S * 1000):
+                wire.consume_input()
+            else:
+                yield b""
 
     def _acknowledge(self) -> None:
         lsn = self._confirmed_lsn

@@ -209,6 +209,17 @@ def errors(findings: list[Finding]) -> list[Finding]:
 
 
 @every_major
+def test_check_knows_row_level_security(polled: Polling) -> None:
+    polled.setup()
+    polled.stream.run("ALTER TABLE t ENABLE ROW LEVEL SECURITY")
+    with pytest.raises(AccessError, match="row-level security"):
+        polled.ship()
+    with connect(polled.url) as connection:
+        found = check_leader(connection, polled.names, polling=True)
+    assert [finding.subject for finding in found if "row level security" in finding.message] == ["privileges"]
+
+
+@every_major
 def test_check_says_what_is_missing(polled: Polling) -> None:
     place = Polled.of(polled.stream.slot)
     leader, role = polled.stream.leader, polled.role
@@ -331,6 +342,25 @@ def test_a_large_transaction_and_many_windows(
     polled.ship()
     stream.run(f"INSERT INTO t SELECT g, repeat('x', 200) FROM generate_series(1, {3 * MEMORY_BYTES // 200}) g")
     stream.run(*(f"UPDATE t SET v = repeat('y', 5000) WHERE id = {id_}" for id_ in range(1, 300)))
+    polled.ship()
+    stream.apply(follower)
+    stream.assert_equal(follower)
+
+
+@every_major
+def test_stopped_while_the_leader_decodes(
+    polled: Polling, new_follower: FollowerFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slot that our own half-done peek still holds neither loses anything nor keeps the next shipper away."""
+    monkeypatch.setattr(polling, "IDLE_S", 0.001)
+    polled.setup()
+    stream, follower = polled.stream, new_follower("sqlite")
+    polled.ship()
+    with stream.shipping(leader=polled.url, poll_s=POLL_S) as shipper:
+        time.sleep(0.2)
+        stream.run("INSERT INTO t SELECT g, repeat('x', 200) FROM generate_series(1, 200000) g")
+        time.sleep(0.03)
+        assert shipper.end(5) is None
     polled.ship()
     stream.apply(follower)
     stream.assert_equal(follower)

@@ -557,11 +557,15 @@ def _leader_privileges(leader: _Leader) -> Iterator[Finding]:
     if unreadable := [row for row in rows if not row.readable]:
         remedy = _each(unreadable, lambda row: f"GRANT SELECT ON {_name(row)} TO {name}")
         yield _error("privileges", f"the image needs to read {_labels(unreadable)}", *remedy)
-    if (secured := [row for row in rows if row.secured]) and not role.bypasses:
-        message = f"row level security would hide rows from the image: {_labels(secured)}"
-        yield _error("privileges", message, f"ALTER ROLE {name} BYPASSRLS")
+    yield from _secured(leader, rows)
     if role.replication and rows and not hidden and not unreadable:
         yield _ok("privileges", f"role {role.name!r} may stream, and read {len(rows)} tables")
+
+
+def _secured(leader: _Leader, tables: Sequence[Any]) -> Iterator[Finding]:
+    if (secured := [row for row in tables if row.secured]) and not leader.role.bypasses:
+        message = f"row level security would hide rows from the image: {_labels(secured)}"
+        yield _error("privileges", message, f"ALTER ROLE {identifier(leader.role.name)} BYPASSRLS")
 
 
 _READABLE: Final[LiteralString] = """
@@ -597,6 +601,8 @@ def _polling(leader: _Leader) -> Iterator[Finding]:
     if tables := [row for row in hidden if not row.readable]:
         remedy = _each(tables, lambda row: f"GRANT SELECT ON {_name(row)} TO {granted}")
         yield _error("polling", f"the image needs to read {_labels(tables)}", *remedy)
+    if not role.superuser:
+        yield from _secured(leader, fetch(leader.connection, _READABLE, [whole]))
     if not hidden:
         yield _ok("polling", f"{len(whole)} tables can be read for the image")
 
