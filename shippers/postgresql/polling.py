@@ -38,6 +38,10 @@ WINDOW_BYTES: Final = 16 << 20  # of WAL that a peek covers, at least
 WINDOW_BYTES_MAX: Final = 256 << 20  # at most, for the sake of the server's temporary files
 SNAPSHOT_S: Final = 30.0  # of looking for a snapshot that has a place in the log
 _RETRY_S: Final = 0.02
+_QUIETER: Final = (
+    "let fewer sessions write while the image begins, or run `cdc ship --until now` once without --polling, "
+    "as a role with REPLICATION; then poll on"
+)
 # A row of COPY begins with the number of columns and each value's length: with a filler of this size in front of it, a
 # message stands as far behind as in the frames of a replication stream, and is taken as one.
 _FILLER: Final = "'\\x" + "00" * (FRAME_BYTES - 2 - 4 - 4) + "'::bytea"
@@ -306,7 +310,9 @@ class PollingShipper:
             if lsn is not None:
                 return row[1], lsn
             if time.monotonic() > deadline:
-                raise TransientError(f"no snapshot taken within {SNAPSHOT_S:g} s lies between two commits of the log")
+                raise TransientError(
+                    f"no snapshot taken within {SNAPSHOT_S:g} s lies between two commits of the log", remedy=_QUIETER
+                )
             with translated():
                 keeper.execute("ROLLBACK")
             time.sleep(_RETRY_S)

@@ -31,6 +31,10 @@ def test_every_set_of_visible_transactions(flushed: int) -> None:
             assert lsn >= 800
 
 
+def test_what_became_visible_before_an_earlier_commit_has_no_place() -> None:
+    assert image_lsn(seen(101), LOG, confirmed=800, flushed=900) is None
+
+
 def test_an_empty_log_leaves_the_image_where_the_log_ended() -> None:
     assert image_lsn(Seen(5, 5, frozenset()), [], confirmed=800, flushed=900) == 900
     assert image_lsn(Seen(5, 5, frozenset()), [], confirmed=800, flushed=800) == 800
