@@ -29,8 +29,8 @@ def _setup(settings: Settings) -> int:
     with leader_session(settings.leader, settings) as (connection, names):
         tables, schemas = settings.tables or (), settings.schemas or ()
         steps = plan_setup(connection, names, tables=tables, schemas=schemas)
-        if settings.polling is not None:
-            steps += plan_polling(connection, names, settings.polling, tables=tables, schemas=schemas)
+        if settings.polling_role is not None:
+            steps += plan_polling(connection, names, settings.polling_role, tables=tables, schemas=schemas)
         return _run(settings, steps, connection)
 
 

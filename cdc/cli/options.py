@@ -149,8 +149,10 @@ NATIVE_IN: Final = (
     Option("reload", "begin at the topic's newest image, if it is younger than the follower", None, False),
     Option("schema-changed", "the follower's tables were made to fit the leader's by hand", None, False),
 )
-POLLED_BY = Option("polling", "let this role ship by polling, without REPLICATION", metavar="ROLE")
-POLLING = Option("polling", "poll the slot by the functions of `cdc setup --polling`, without REPLICATION", None, False)
+POLLED_BY = Option("polling-role", "let this role ship by polling, without REPLICATION", metavar="ROLE")
+POLLING = Option(
+    "polling", "poll the slot by the functions that `cdc setup --polling-role` makes, without REPLICATION", None, False
+)
 DRY_RUN = Option("dry-run", "print the statements, change nothing", None, False)
 
 CONFIG = Option("config", "a TOML file with options (flags > environment CDC_… > file)", metavar="FILE")

@@ -1,4 +1,4 @@
-"""The logical log without REPLICATION: the slot is peeked at through functions, as `cdc setup --polling` makes them.
+"""The logical log without REPLICATION: a slot peeked at through functions that `cdc setup --polling-role` makes.
 
 Positions and topics are those of :mod:`shippers.postgresql.logical`: one may change from one to the other at any time.
 

@@ -228,7 +228,7 @@ def test_check_says_what_is_missing(polled: Polling) -> None:
         with connect(url) as connection:
             return errors(check_leader(connection, polled.names, polling=True))
 
-    assert all("cdc setup --polling" in finding.remedy for url in (leader, polled.url) for finding in check(url))
+    assert all("cdc setup --polling-role" in finding.remedy for url in (leader, polled.url) for finding in check(url))
     assert len(check(polled.url)) == 1
     polled.setup()
     assert check(leader) == []
@@ -491,14 +491,14 @@ def test_the_commands(
     )
     before = [len(rows) for rows in catalogs(stream.leader)]
     try:
-        assert main(["setup", stream.leader, *name, "--polling", role, "--dry-run"]) == 0
+        assert main(["setup", stream.leader, *name, "--polling-role", role, "--dry-run"]) == 0
         printed = capsys.readouterr().out
         assert "SECURITY DEFINER" in printed
         assert [len(rows) for rows in catalogs(stream.leader)] == before
         # In psql this would come from a file; statement by statement, as the slot must not follow a write.
-        assert main(["setup", stream.leader, *name, "--polling", role]) == 0
+        assert main(["setup", stream.leader, *name, "--polling-role", role]) == 0
         capsys.readouterr()
-        assert main(["setup", stream.leader, *name, "--polling", role]) == 0
+        assert main(["setup", stream.leader, *name, "--polling-role", role]) == 0
         assert "done" not in capsys.readouterr().out.replace("already so", "")
         assert main(["check", url, *name, "--polling"]) in {0, 78}
         assert "error  polling" not in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""What lets a role ship without REPLICATION: two functions over one slot, and how `cdc setup --polling` makes them.
+"""What lets a role ship without REPLICATION: two functions over a slot, as `cdc setup --polling-role` makes them.
 
 A role with REPLICATION reads every table, every slot and the whole cluster's files. Here that attribute belongs to an
 owner that nobody can log in as; its two functions name slot and publication themselves, so that whoever may call them
@@ -111,13 +111,14 @@ def must_be_callable(connection: Connection, slot: str) -> Polled:
     callable_ = {row.name: row.callable for row in fetch(connection, _CALLABLE, [polled.schema])}
     if missing := [name for name in FUNCTIONS if name not in callable_]:
         raise ConfigurationError(
-            f"there is no function {polled.schema}.{missing[0]}", remedy="run `cdc setup --polling ROLE` on the leader"
+            f"there is no function {polled.schema}.{missing[0]}",
+            remedy="run `cdc setup --polling-role ROLE` on the leader",
         )
     if forbidden := [name for name in FUNCTIONS if not callable_[name]]:
         role = fetch(connection, "SELECT current_user AS name")[0].name
         raise AccessError(
             f"role {role!r} may not call {polled.schema}.{forbidden[0]}",
-            remedy=f"GRANT {identifier(polled.readers)} TO {identifier(role)}; or run `cdc setup --polling ROLE` again",
+            remedy=f"GRANT {identifier(polled.readers)} TO {identifier(role)}, or run `cdc setup --polling-role` again",
         )
     return polled
 
