@@ -1,6 +1,6 @@
 """What capture costs the leader: ``python -m benchmarks.trigger``.
 
-Time and WAL of three workloads without capture, with the logical log (publication and slot), with our triggers, and with
+Time and WAL of three workloads without capture, with the logical log (publication and slot), with our triggers and with
 the triggers that are usually written: one call and one jsonb row for each row changed, or one jsonb row each by one
 statement. All in one run, on one server, in turns; the shortest time of all rounds counts, beside the time that the
 server's process itself took (CPU), which noise disturbs less.

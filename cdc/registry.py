@@ -48,11 +48,12 @@ _EXTRAS: Final = {
 
 
 class Capture(NamedTuple):
-    """What a shipper is asked for."""
+    """What a shipper is asked for. ``poll_s``: how long to wait between polls, None to stream."""
 
     publication: str
     slot: str
     values: Literal["binary", "text"]
+    poll_s: float | None = None
 
 
 class BrokerPlug(Protocol):

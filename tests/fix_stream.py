@@ -22,7 +22,7 @@ from cdc.brokers import embedded
 from cdc.codec import EnvelopeCodec
 from cdc.errors import CdcError
 from cdc.pipeline import ApplyOptions, ShipOptions, follow, ship
-from cdc.ports import Broker, Follower, Progress, Store
+from cdc.ports import Broker, Follower, Progress, Shipper, Store
 from cdc.record import Checkpoint, Relation
 from cdc.stores import sqlite
 from cdc.stores.embedded import EmbeddedPostgres
@@ -30,6 +30,7 @@ from cdc.stores.postgresql import eyes, setup
 from cdc.stores.postgresql.connect import connect
 from cdc.stores.postgresql.describe import describe
 from cdc.stores.postgresql.follower import connect_follower
+from shippers.postgresql import polling
 from shippers.postgresql.logical import LogicalShipper, Options
 from tests.fix_postgresql import DatabaseFactory
 
@@ -114,12 +115,18 @@ class Stream:
         stop: threading.Event | None = None,
         report: Callable[[Progress], None] = quiet,
         leader: str | None = None,
+        poll_s: float | None = None,
         **options: Any,
     ) -> None:
-        shipping = Options(PUBLICATION, self.slot, **self.options)
+        def shipper() -> Shipper:
+            if poll_s is None:
+                return LogicalShipper.open(leader or self.leader, Options(PUBLICATION, self.slot, **self.options))
+            polled = polling.Options(PUBLICATION, self.slot, poll_s=poll_s, **self.options)
+            return polling.PollingShipper.open(leader or self.leader, polled)
+
         options = {"retry_s": 5, "linger_s": 0.002} | options
         ship(
-            lambda: LogicalShipper.open(leader or self.leader, shipping),
+            shipper,
             lambda: embedded.connect(self.broker, create=True),
             EnvelopeCodec(),
             ShipOptions(STREAM, until_lsn=until, **options),

@@ -57,7 +57,8 @@ def _ship(settings: Settings) -> int:
 
         open_broker = events.topics(settings, names.stream)
         what += f", as events under {events.prefix_of(settings, names.stream)}"
-    capture = Capture(names.publication, names.slot, settings.values)
+    poll_s = settings.poll_ms / 1000 if settings.polling else None
+    capture = Capture(names.publication, names.slot, settings.values, poll_s)
     options = ShipOptions(
         names.stream,
         settings.until,

@@ -9,7 +9,13 @@ from cdc.registry import Capture
 
 
 def open_postgresql_logical(url: str, capture: Capture) -> Shipper:
-    """PostgreSQL's logical log."""
+    """PostgreSQL's logical log, streamed or polled."""
+    if capture.poll_s is not None:
+        from shippers.postgresql import polling
+
+        return polling.PollingShipper.open(
+            url, polling.Options(capture.publication, capture.slot, capture.values, capture.poll_s)
+        )
     from shippers.postgresql.logical import LogicalShipper, Options
 
     return LogicalShipper.open(url, Options(capture.publication, capture.slot, capture.values))
@@ -18,11 +24,13 @@ def open_postgresql_logical(url: str, capture: Capture) -> Shipper:
 def open_postgresql_trigger(url: str, capture: Capture) -> Shipper:
     """What PostgreSQL's triggers captured.
 
-    :raises UsageError: values are asked for as text.
+    :raises UsageError: values are asked for as text, or polling of a slot.
     """
     from cdc.stores.postgresql.capture import schema_of
     from shippers.postgresql.trigger import TriggerShipper
 
+    if capture.poll_s is not None:
+        raise UsageError("--polling is for --format logical", remedy="leave it out: triggers need no REPLICATION")
     if capture.values != "binary":
         raise UsageError("a trigger log holds values in binary form", remedy="leave out --values text")
     return TriggerShipper.open(url, schema_of(capture.slot))

@@ -15,6 +15,7 @@ from cdc.record import Format
 from cdc.stores.postgresql import capture
 from cdc.stores.postgresql.capture_check import check_triggers
 from cdc.stores.postgresql.connect import connect
+from cdc.stores.postgresql.polling import plan_polling, plan_polling_teardown
 from cdc.stores.postgresql.preflight import Finding, check_follower, check_leader
 from cdc.stores.postgresql.setup import Step, plan_setup, plan_teardown
 from cdc.stores.postgresql.setup import run as run_steps
@@ -31,6 +32,8 @@ def _setup(settings: Settings) -> int:
     tables, schemas = settings.tables or (), settings.schemas or ()
     with leader_session(settings.leader, settings) as (connection, names):
         if settings.format is Format.TRIGGER:
+            if settings.polling_role is not None:
+                raise UsageError("--polling-role is for --format logical", remedy="write --reader instead")
             shaping = capture.Shaping(settings.columns or {}, settings.mask or {}, settings.where or {})
             steps = capture.plan_setup(
                 connection, names, tables=tables, schemas=schemas, shaping=shaping, reader=settings.reader
@@ -38,6 +41,8 @@ def _setup(settings: Settings) -> int:
         else:
             _refuse_shaping(settings)
             steps = plan_setup(connection, names, tables=tables, schemas=schemas)
+            if settings.polling_role is not None:
+                steps += plan_polling(connection, names, settings.polling_role, tables=tables, schemas=schemas)
         return _run(settings, steps, connection)
 
 
@@ -58,8 +63,10 @@ def _refuse_shaping(settings: Settings) -> None:
 def _teardown(settings: Settings) -> int:
     registry.shipper(settings.leader, settings.format)
     with leader_session(settings.leader, settings) as (connection, names):
-        plan = capture.plan_teardown if settings.format is Format.TRIGGER else plan_teardown
-        return _run(settings, plan(connection, names), connection)
+        if settings.format is Format.TRIGGER:
+            return _run(settings, capture.plan_teardown(connection, names), connection)
+        steps = [*plan_polling_teardown(connection, names), *plan_teardown(connection, names)]
+        return _run(settings, steps, connection)
 
 
 def _run(settings: Settings, steps: Sequence[Step], connection: Any) -> int:
@@ -99,8 +106,9 @@ def _check(settings: Settings) -> int:
 def _findings(settings: Settings, role: str, scheme: str) -> list[Finding]:
     if role == "leader":
         with leader_session(settings.url, settings) as (connection, names):
-            check = check_triggers if settings.format is Format.TRIGGER else check_leader
-            return check(connection, names)
+            if settings.format is Format.TRIGGER:
+                return check_triggers(connection, names)
+            return check_leader(connection, names, polling=settings.polling)
     if scheme == "postgresql":
         with closing(connect(settings.url)) as connection:
             return check_follower(connection, None)

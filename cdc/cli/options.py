@@ -228,6 +228,10 @@ NATIVE_IN: Final = (
         "stop",
     ),
 )
+POLLED_BY = Option("polling-role", "let this role ship by polling, without REPLICATION", metavar="ROLE")
+POLLING = Option(
+    "polling", "poll the slot by the functions that `cdc setup --polling-role` makes, without REPLICATION", None, False
+)
 DRY_RUN = Option("dry-run", "print the statements, change nothing", None, False)
 
 CONFIG = Option("config", "a TOML file with options (flags > environment CDC_… > file)", metavar="FILE")
@@ -246,7 +250,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
         "cdc.cli.leader",
         "make a leader ready: replica identities, publication, replication slot; or triggers",
         (_LEADER,),
-        (FORMAT, *_NAMES, TABLES, SCHEMAS, *SHAPING, READER, DRY_RUN),
+        (FORMAT, *_NAMES, TABLES, SCHEMAS, POLLED_BY, *SHAPING, READER, DRY_RUN),
         "cdc setup postgresql://postgres@db1:5432/shop --format logical --dry-run",
     ),
     "teardown": Command(
@@ -263,6 +267,7 @@ COMMANDS: Final[Mapping[str, Command]] = {
         (
             Option("as", "leader or follower; by default leader for PostgreSQL", _choice("leader", "follower")),
             FORMAT,
+            POLLING,
             *_NAMES,
         ),
         "cdc check postgresql://postgres@db1:5432/shop",
@@ -294,6 +299,10 @@ COMMANDS: Final[Mapping[str, Command]] = {
                 _number(float, 0, 60_000),
                 5.0,
                 "MS",
+            ),
+            POLLING,
+            Option(
+                "poll-ms", "polling: how long to wait for news (default 100)", _number(float, 1, 60_000), 100.0, "MS"
             ),
             CODEC,
             *EVENTS_OUT,

@@ -7,10 +7,12 @@ can help, is a comment among the statements.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, Literal, LiteralString, NamedTuple
 
+from cdc.errors import CdcError, ConfigurationError
 from cdc.record import Column, Relation
 from cdc.sql.quote import identifier, literal, qualified
 from cdc.stores.postgresql.connect import Connection, fetch
 from cdc.stores.postgresql.describe import describe_tables
+from cdc.stores.postgresql.polling import Polled, must_be_callable, unreadable
 from cdc.stores.postgresql.setup import (
     TABLES,
     Names,
@@ -44,9 +46,9 @@ class Finding(NamedTuple):
         return "\n".join(text if text.startswith("--") else f"{text};" for text in self.statements)
 
 
-def check_leader(connection: Connection, names: Names) -> list[Finding]:
-    """Look at a leader as `cdc ship --format logical` needs it. Changes nothing."""
-    leader = Leader(connection, names)
+def check_leader(connection: Connection, names: Names, *, polling: bool = False) -> list[Finding]:
+    """Look at a leader as `cdc ship --format logical` needs it; ``polling``: with `--polling`. Changes nothing."""
+    leader = Leader(connection, names, polling=polling)
     return [finding for check in _LEADER for finding in check(leader)]
 
 
@@ -81,8 +83,9 @@ def _error(subject: str, message: str, *statements: str) -> Finding:
 class Leader:
     """A leader being checked: what several checks ask for, asked once."""
 
-    def __init__(self, connection: Connection, names: Names) -> None:
+    def __init__(self, connection: Connection, names: Names, *, polling: bool = False) -> None:
         self.connection = connection
+        self.polling = polling
         self.names = names
         self.version = connection.info.server_version
         settings = fetch(connection, "SELECT name, setting FROM pg_settings WHERE name = ANY (%s)", [list(_ASKED)])
@@ -188,7 +191,8 @@ def _leader_room(leader: Leader) -> Iterator[Finding]:
     in_use = fetch(leader.connection, _IN_USE)[0]
     senders = int(leader.settings["max_wal_senders"])
     # One reads the stream, one makes the snapshot.
-    yield _room("max_wal_senders", senders, in_use.senders, needed=2 if leader.slot is None else 1)
+    needed = 0 if leader.polling else 2 if leader.slot is None else 1
+    yield _room("max_wal_senders", senders, in_use.senders, needed=needed)
     slots = int(leader.settings["max_replication_slots"])
     yield _room("max_replication_slots", slots, in_use.slots, needed=1 if leader.slot is None else 0)
 
@@ -537,6 +541,9 @@ _ABSENT: Final[LiteralString] = """
 
 def _leader_privileges(leader: Leader) -> Iterator[Finding]:
     role, name = leader.role, identifier(leader.role.name)
+    if leader.polling:
+        yield from _polling(leader)
+        return
     if role.superuser:
         yield _ok("privileges", f"role {role.name!r} is a superuser")
         return
@@ -550,11 +557,15 @@ def _leader_privileges(leader: Leader) -> Iterator[Finding]:
     if unreadable := [row for row in rows if not row.readable]:
         remedy = _each(unreadable, lambda row: f"GRANT SELECT ON {_name(row)} TO {name}")
         yield _error("privileges", f"the image needs to read {_labels(unreadable)}", *remedy)
-    if (secured := [row for row in rows if row.secured]) and not role.bypasses:
-        message = f"row level security would hide rows from the image: {_labels(secured)}"
-        yield _error("privileges", message, f"ALTER ROLE {name} BYPASSRLS")
+    yield from _secured(leader, rows)
     if role.replication and rows and not hidden and not unreadable:
         yield _ok("privileges", f"role {role.name!r} may stream, and read {len(rows)} tables")
+
+
+def _secured(leader: Leader, tables: Sequence[Any]) -> Iterator[Finding]:
+    if (secured := [row for row in tables if row.secured]) and not leader.role.bypasses:
+        message = f"row level security would hide rows from the image: {_labels(secured)}"
+        yield _error("privileges", message, f"ALTER ROLE {identifier(leader.role.name)} BYPASSRLS")
 
 
 _READABLE: Final[LiteralString] = """
@@ -564,6 +575,36 @@ _READABLE: Final[LiteralString] = """
     FROM pg_class c JOIN pg_namespace s ON s.oid = c.relnamespace
     WHERE c.oid = ANY (%s::oid[]) ORDER BY s.nspname, c.relname
 """
+
+
+def _polling(leader: Leader) -> Iterator[Finding]:
+    """Of a superuser it is the readers' privileges that count: whoever polls has no others."""
+    role, polled = leader.role, Polled.of(leader.names.slot)
+    readers = polled.readers if role.superuser else role.name
+    try:
+        must_be_callable(leader.connection, leader.names.slot)
+    except CdcError as error:
+        grant = () if role.superuser else (f"GRANT {identifier(polled.readers)} TO {identifier(role.name)}",)
+        missing = isinstance(error, ConfigurationError)
+        yield _error("polling", str(error), *((_note(error.remedy),) if missing else grant))
+        return
+    yield _ok("polling", f"functions {polled.schema}.peek and {polled.schema}.acknowledge may be called")
+    if role.replication and not role.superuser:
+        message = f"role {role.name!r} has REPLICATION, which polling is meant to do without"
+        yield _warning("polling", message, f"ALTER ROLE {identifier(role.name)} NOREPLICATION")
+    whole = leader.published or [row.id for row in leader.captured if not row.is_partition]
+    hidden = unreadable(leader.connection, whole, readers)
+    granted = identifier(polled.readers)
+    for schema in sorted({row.schema for row in hidden if not row.usage}):
+        use = f"GRANT USAGE ON SCHEMA {identifier(schema)} TO {granted}"
+        yield _error("polling", f"the image needs to see into schema {schema}", use)
+    if tables := [row for row in hidden if not row.readable]:
+        remedy = _each(tables, lambda row: f"GRANT SELECT ON {_name(row)} TO {granted}")
+        yield _error("polling", f"the image needs to read {_labels(tables)}", *remedy)
+    if not role.superuser:
+        yield from _secured(leader, fetch(leader.connection, _READABLE, [whole]))
+    if not hidden:
+        yield _ok("polling", f"{len(whole)} tables can be read for the image")
 
 
 _LEADER: Final[Sequence[Callable[[Leader], Iterator[Finding]]]] = (

@@ -49,9 +49,9 @@ def default_names(
 
     :raises UsageError: a given name is one that PostgreSQL does not take.
     """
-    stream = stream or _safe(f"cdc_{database}")
+    stream = stream or safe_name(f"cdc_{database}")
     publication = publication or stream
-    slot = slot or _safe(stream)
+    slot = slot or safe_name(stream)
     if not 1 <= len(publication.encode()) <= 63 or "\0" in publication:
         raise UsageError(f"not a publication name: {publication!r}", remedy="use 1 to 63 bytes")
     if not re.fullmatch(r"[a-z0-9_]{1,63}", slot):
@@ -162,6 +162,23 @@ def give_identity(schema: str, name: str, index: str | None) -> str:
     return f"ALTER TABLE {qualified(schema, name)} REPLICA IDENTITY {using}"
 
 
+def safe_name(name: str) -> str:
+    """The name in the characters of a slot; with a hash where that changed it, so that two never meet."""
+    safe = re.sub(r"[^a-z0-9_]", "_", name)
+    if safe == name and len(name) <= 63:
+        return name
+    return f"{safe[:54]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def readable(connection: Connection, names: Names, *, tables: Sequence[str], schemas: Sequence[str]) -> list[Any]:
+    """What an image of the publication reads, as rows of :data:`TABLES`: of the one to be made where there is none."""
+    if _publication(connection, names.publication) is not None:
+        published = set(published_oids(connection, names.publication))
+        return [row for row in fetch(connection, TABLES) if row.id in published]
+    # Partitions are read through their root, but for those asked for by name.
+    return [row for row in scope(connection, tables, schemas) if tables or not row.is_partition]
+
+
 # Every permanent table that is not the system's, partitions and their roots included. ``identified``: the server
 # lets a published UPDATE pass. ``candidate``: an index that would serve as the replica identity.
 TABLES: Final[LiteralString] = """
@@ -191,14 +208,6 @@ class _Targets(NamedTuple):
     everything: bool = False
     tables: frozenset[int] = frozenset()
     schemas: frozenset[str] = frozenset()
-
-
-def _safe(name: str) -> str:
-    """The name in the characters of a slot; with a hash where that changed it, so that two never meet."""
-    safe = re.sub(r"[^a-z0-9_]", "_", name)
-    if safe == name and len(name) <= 63:
-        return name
-    return f"{safe[:54]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _one(connection: Connection, query: LiteralString, *values: Any) -> Any | None:
