@@ -1,24 +1,30 @@
 """The SQL of the trigger log: its schema, its functions, and a table's triggers. Pure.
 
 A schema of its own holds everything. Writes are captured once per statement, from transition tables, into one of two
-change tables, which take turns by the minute so that the other one can be emptied by TRUNCATE. What a row of a change
-table says:
+change tables, which take turns, so that the other one can be emptied by TRUNCATE. What a row of a change table says:
 
 ========== ===========================================================================================================
 ``xid``    the transaction, as ``txid_current()``
 ``here``   where the WAL stood when the statement ended: of two changes of one row the earlier has the lower
-``began``  where it stood when the statement began, told only where statements may stand inside each other
+``began``  where it stood when the statement began, told only where that decides about the order
 ``origin`` the table or partition that the statement named
-``depth``  ``pg_trigger_depth()``: 1 for a client's own statement
-``op``     I, U (new rows), D (old rows), K (an old row whose key an UPDATE changed, and its new one), T, or ``!``: the
-           statement was not captured, ``data`` says why
+``depth``  ``pg_trigger_depth()`` where statements may stand inside each other, else 0
+``op``     I, U (new rows), D (old rows), T (TRUNCATE), or ``!``: the statement was not captured, ``data`` says why
 ``data``   records of ``record_send``, end to end (:mod:`cdc.wire.record`)
 ========== ===========================================================================================================
 
-The order that holds is: ``began``, or where it is not told, ``here``. Within a statement what goes comes before what
-changes before what comes.
+The order that holds is: ``began``, or where it is not told, ``here``; then ``depth``. Of one statement, what goes comes
+before what changes before what comes.
 
-https://www.postgresql.org/docs/current/plpgsql-trigger.html, https://www.postgresql.org/docs/current/sql-createtrigger.html
+There are two ways of capturing. *Plainly*, where a table has a key and nobody else's triggers: an UPDATE tells its new
+rows. A statement whose rows may leave their keys (DELETE, an UPDATE that names a key's column, MERGE with either) is
+marked as it begins, by a setting local to the transaction; an UPDATE so marked tells its old rows gone and its new ones
+come. *Wholly*, everywhere else: every statement is marked as it begins, so that what triggers did inside of it comes
+after it, and every UPDATE is told as rows gone and come. Who tampers with those settings disturbs the order of what is
+captured of the own transaction, and no more.
+
+https://www.postgresql.org/docs/current/plpgsql-trigger.html,
+https://www.postgresql.org/docs/current/sql-createtrigger.html
 """
 
 from collections.abc import Iterator
@@ -30,24 +36,21 @@ SLOTS: Final = (0, 1)
 _FEW: Final = 50  # rows that share one change without a look at their size
 _CHUNK_BYTES: Final = 7_500  # of rows that share one change otherwise: what fits a page
 _LARGE_BYTES: Final = 1_000_000
-_BEGAN: Final = "cdc.began"
-_DELETING: Final = "cdc.deleting"
+_TURN_BYTES: Final = 64 << 20  # after so many, or
+_TURN_MINUTES: Final = 10  # so long, it is the other change table's turn
 
 
 class Table(NamedTuple):
     """A table or partition to be given triggers.
 
-    ``key``: the columns whose change an UPDATE must tell; none where updates are told as old rows gone and new ones
-    come, as those of partitioned tables are, whose rows may move, and of tables of which only a part is captured.
-    ``nesting``: triggers of others, or foreign keys, may change it while a statement of its own runs.
-    ``expressions``: what of a row is captured, over the alias ``n``, None for all; ``condition``: of which rows.
+    ``key``: its columns, where it is captured plainly; none where it is wholly. ``expressions``: what of a row is
+    captured, over the alias ``n``, None for all; ``condition``: of which rows.
     """
 
     id: int
     schema: str
     name: str
     key: tuple[str, ...] = ()
-    nesting: bool = False
     expressions: tuple[str, ...] | None = None
     condition: str = ""
 
@@ -90,8 +93,11 @@ _TABLES: Final = (
     """CREATE TABLE {s}.tick (id int8 PRIMARY KEY, snapshot pg_snapshot NOT NULL, timeline int4 NOT NULL,
     made timestamptz NOT NULL DEFAULT clock_timestamp())""",
     "CREATE TABLE {s}.shape (origin int8, tick int8, description jsonb NOT NULL, PRIMARY KEY (origin, tick))",
-    """CREATE TABLE {s}.captured (relation int8 PRIMARY KEY, origins int8[] NOT NULL, keyed bool NOT NULL,
-    nesting bool NOT NULL, columns text[], masks text[], condition text NOT NULL, triggers text NOT NULL)""",
+    """CREATE TABLE {s}.captured (relation int8 PRIMARY KEY, origins int8[] NOT NULL, plain bool NOT NULL,
+    columns text[], masks text[], condition text NOT NULL, triggers text NOT NULL)""",
+    "CREATE TABLE {s}.turn (slot int4 NOT NULL, since timestamptz NOT NULL)",
+    "INSERT INTO {s}.turn VALUES (0, clock_timestamp())",
+    "CREATE TABLE {s}.source (called text PRIMARY KEY, body text NOT NULL)",
     "CREATE TABLE {s}.granted (revoke text NOT NULL)",
     "CREATE TABLE {s}.secret (salt bytea NOT NULL)",
     "INSERT INTO {s}.secret SELECT sha256(string_agg(uuid_send(gen_random_uuid()), '')) FROM generate_series(1, 4)",
@@ -100,14 +106,26 @@ _TABLES: Final = (
 
 def _functions(schema: str, wake: tuple[int, int]) -> Iterator[str]:
     s = identifier(schema)
+    tables = [literal(_change(schema, slot)) for slot in SLOTS]
     yield _function(schema, "hashed(value text)", "text", _HASHED.format(s=s), language="sql", kind="STABLE STRICT")
-    yield _function(schema, "capture()", "trigger", _capture(schema, wake))
-    yield _function(schema, "capture_whole()", "trigger", _capture(schema, wake, pairs=True))
-    yield _function(schema, "capture_key()", "trigger", _capture_key(schema))
     yield _function(schema, "begin()", "trigger", _BEGIN)
     tick = "tick(snapshot pg_snapshot, timeline int4, shapes jsonb)"
     yield _function(schema, tick, "int8", _TICK.format(s=s))
-    yield _function(schema, "forget(upto int8)", "void", _FORGET.format(s=s, schema=literal(schema)))
+    yield _function(schema, "turn_to(slot int4)", "void", _TURN_TO.format(s=s, tables=", ".join(tables)))
+    limits = {"bytes": _TURN_BYTES, "minutes": _TURN_MINUTES}
+    yield _function(schema, "forget(upto int8)", "void", _FORGET.format(s=s, tables=", ".join(tables), **limits))
+    yield from _capturing(schema, "capture", _plain(schema, wake))
+    yield from _capturing(schema, "capture_whole", _whole(schema, wake))
+    yield f"SELECT {s}.turn_to(0)"
+
+
+def _capturing(schema: str, called: str, body: str) -> Iterator[str]:
+    """A function that writes into the change table whose turn it is, by its body for the first one."""
+    yield _function(schema, f"{called}()", "trigger", "BEGIN RETURN NULL; END")
+    yield (
+        f"INSERT INTO {identifier(schema)}.source VALUES ({literal(called)}, {literal(body)})"
+        " ON CONFLICT (called) DO UPDATE SET body = excluded.body"
+    )
 
 
 def drop_schema(schema: str) -> str:
@@ -118,46 +136,45 @@ def drop_schema(schema: str) -> str:
 def create_triggers(schema: str, owner: str, wake: tuple[int, int], table: Table) -> str:
     """The triggers of a table, and its function where only a part of it is captured. Several statements, as one."""
     s, name = identifier(schema), qualified(table.schema, table.name)
-    function = f"{s}.{'capture' if table.key else 'capture_whole'}()"
-    own = ""
+    called = f"capture_{table.id}" if table.shaped else "capture" if table.key else "capture_whole"
+    statements = []
     if table.shaped:
-        called = f"capture_{table.id}()"
-        own = (
-            f"SET LOCAL ROLE {identifier(owner)}; DROP FUNCTION IF EXISTS {s}.{called} CASCADE; "
-            f"{_function(schema, called, 'trigger', _capture(schema, wake, table))}; RESET ROLE; "
-        )
-        function = f"{s}.{called}"
-    mark = _BEGAN if table.nesting else _DELETING
-    began = function.replace("()", f"({literal(mark)})")
-    olds = "" if table.key else "OLD TABLE AS old "
-    triggers = [
-        (
-            "begin",
-            f"BEFORE {'INSERT OR UPDATE OR DELETE' if table.nesting else 'DELETE'} ON {name}",
-            f"{s}.begin({literal(mark)})",
-        ),
-        ("insert", f"AFTER INSERT ON {name} REFERENCING NEW TABLE AS new", began),
-        (
-            "update",
-            f"AFTER UPDATE ON {name} REFERENCING NEW TABLE AS new {olds}".rstrip(),
-            began if table.nesting else function,
-        ),
-        ("delete", f"AFTER DELETE ON {name} REFERENCING OLD TABLE AS old", began),
-        ("truncate", f"AFTER TRUNCATE ON {name}", function),
-    ]
-    created = [
-        f"CREATE OR REPLACE TRIGGER {trigger_name(schema, kind)} {event} FOR EACH STATEMENT EXECUTE FUNCTION {called}"
-        for kind, event, called in triggers
-    ]
+        statements = [
+            f"SET LOCAL ROLE {identifier(owner)}",
+            f"DROP FUNCTION IF EXISTS {s}.{called}() CASCADE",
+            *_capturing(schema, called, _whole(schema, wake, table)),
+            f"SELECT {s}.turn_to(slot) FROM {s}.turn",
+            "RESET ROLE",
+        ]
+    events = {"insert": "INSERT", "update": "UPDATE", "delete": "DELETE", "truncate": "TRUNCATE"}
+    rows = {
+        "insert": " REFERENCING NEW TABLE AS new",
+        "update": " REFERENCING OLD TABLE AS old NEW TABLE AS new",
+        "delete": " REFERENCING OLD TABLE AS old",
+    }
+    triggers = [(kind, f"AFTER {event} ON {name}{rows.get(kind, '')}", f"{called}()") for kind, event in events.items()]
     if table.key:
-        old, new = (", ".join(f"{row}.{identifier(column)}" for column in table.key) for row in ("OLD", "NEW"))
-        told = literal(mark) if table.nesting else ""
-        created.append(
-            f"CREATE OR REPLACE TRIGGER {trigger_name(schema, 'a_row')} AFTER UPDATE ON {name} FOR EACH ROW"
-            f" WHEN (ROW({old})::record OPERATOR(pg_catalog.*<>) ROW({new})::record)"
-            f" EXECUTE FUNCTION {s}.capture_key({told})"
-        )
-    return own + "; ".join(created)
+        key = ", ".join(map(identifier, table.key))
+        triggers += [
+            ("deletes", f"BEFORE DELETE ON {name}", "begin('cdc.deleting', 'cdc.moving')"),
+            ("moves", f"BEFORE UPDATE OF {key} ON {name}", "begin('cdc.moving', 'cdc.deleting')"),
+        ]
+    else:
+        triggers.append(("begin", f"BEFORE INSERT OR UPDATE OR DELETE ON {name}", "begin('cdc.began')"))
+    return "; ".join(
+        [
+            *statements,
+            *(f"DROP TRIGGER IF EXISTS {trigger_name(schema, kind)} ON {name}" for kind in _KINDS),
+            *(
+                f"CREATE TRIGGER {trigger_name(schema, kind)} {event} FOR EACH STATEMENT"
+                f" EXECUTE FUNCTION {s}.{function}"
+                for kind, event, function in triggers
+            ),
+        ]
+    )
+
+
+_KINDS: Final = ("insert", "update", "delete", "truncate", "begin", "deletes", "moves")
 
 
 def trigger_name(schema: str, kind: str) -> str:
@@ -171,7 +188,7 @@ def grant_reading(schema: str, role: str) -> str:
     called = ", ".join(
         f"{s}.{function}" for function in ("tick(pg_snapshot, int4, jsonb)", "forget(int8)", "hashed(text)")
     )
-    tables = ", ".join(f"{s}.{name}" for name in (*map(change_table, SLOTS), "tick", "shape", "captured"))
+    tables = ", ".join(f"{s}.{name}" for name in (*map(change_table, SLOTS), "tick", "shape", "captured", "turn"))
     return (
         f"GRANT USAGE ON SCHEMA {s} TO {to}; GRANT SELECT ON {tables} TO {to}; "
         f"GRANT EXECUTE ON FUNCTION {called} TO {to}"
@@ -182,9 +199,13 @@ def change_table(slot: int) -> str:
     return f"change_{slot}"
 
 
+def _change(schema: str, slot: int) -> str:
+    return qualified(schema, change_table(slot))
+
+
 def _change_table(schema: str, slot: int) -> str:
     """Never vacuumed: it is emptied before it would need to be. A change of :data:`_CHUNK_BYTES` stands in its page."""
-    name = qualified(schema, change_table(slot))
+    name = _change(schema, slot)
     return (
         f'CREATE TABLE {name} (xid int8, here pg_lsn, began pg_lsn, origin oid, depth int2, op "char", data bytea)'
         " WITH (autovacuum_enabled = off, toast_tuple_target = 8160); "
@@ -211,54 +232,75 @@ def _function(
     )
 
 
-def _capture(schema: str, wake: tuple[int, int], table: Table | None = None, *, pairs: bool = False) -> str:
-    """A statement trigger, of one table where only a part of it is captured.
-
-    ``pairs``: an UPDATE is told as its old rows gone and its new ones come.
-    """
-    old, new = _records(table, "old"), _records(table, "new")
-    updated = _chunks(schema, "D", old) + _chunks(schema, "I", new)
-    if table is None and not pairs:
-        updated = _insert(schema, f"SELECT {_head('U')}, r FROM ({new}) s")
-    body = f"""
-    IF TG_OP = 'UPDATE' THEN{updated}
-    ELSIF TG_OP = 'INSERT' THEN{_chunks(schema, "I", new)}
-    ELSIF TG_OP = 'DELETE' THEN{_chunks(schema, "D", old)}
-    ELSE{_insert(schema, f"VALUES ({_head('T')}, NULL::bytea)")}
-    END IF;"""
-    if table is not None:
-        # Whoever writes must not be stopped by what we do with a part of the row: it is the shipper that stops.
-        refused = _insert(schema, f"VALUES ({_head('!')}, convert_to(SQLERRM, 'UTF8'))")
-        body = f"""
-    BEGIN{body}
-    EXCEPTION WHEN OTHERS THEN{refused}
-    END;"""
-    number, key = wake
+def _plain(schema: str, wake: tuple[int, int]) -> str:
+    """The statement trigger of a table that is captured plainly. Its UPDATE of a row or two is what has to be fast."""
+    where, old, new = _Into(schema, "0"), _records(None, "old"), _records(None, "new")
+    at_once = _Into(schema, "0", here="pg_current_wal_insert_lsn()", began="NULL")
     return f"""
-#variable_conflict use_column
 DECLARE
-    here pg_lsn := pg_current_wal_insert_lsn();
-    slot int4 := date_part('minute', now())::int4 % {len(SLOTS)};
+    here pg_lsn;
     began pg_lsn;
+    moving text;
 BEGIN
-    IF TG_NARGS > 0 THEN
-        began := nullif(current_setting(TG_ARGV[0] || pg_trigger_depth(), true), '')::pg_lsn;
-        IF TG_OP = 'DELETE' AND TG_ARGV[0] = '{_DELETING}' THEN
-            PERFORM set_config('{_DELETING}' || pg_trigger_depth(), '', true);
+    IF TG_OP = 'UPDATE' AND current_setting('cdc.leaving', true) IS DISTINCT FROM 'on' THEN
+        {at_once.rows("U", new)}
+    ELSE
+        here := pg_current_wal_insert_lsn();
+        moving := nullif(current_setting('cdc.moving' || pg_trigger_depth(), true), '');
+        began := coalesce(moving, nullif(current_setting('cdc.deleting' || pg_trigger_depth(), true), ''))::pg_lsn;
+        IF TG_OP = 'UPDATE' AND moving IS NULL THEN
+            {where.rows("U", new)}
+        ELSE{_each_operation(where, old, new)}
         END IF;
-    END IF;{body}
-    IF NOT pg_try_advisory_lock_shared({number}, {key}) THEN
-        PERFORM pg_notify({literal(schema)}, '');
-    ELSIF pg_advisory_unlock_shared({number}, {key}) THEN
-        NULL;
-    END IF;
+        IF TG_OP IN ('UPDATE', 'DELETE') THEN
+            PERFORM set_config(CASE TG_OP WHEN 'UPDATE' THEN 'cdc.moving' ELSE 'cdc.deleting' END
+                || pg_trigger_depth(), '', true);
+        END IF;
+    END IF;{_wake(schema, wake)}
     RETURN NULL;
 END"""
 
 
-def _head(op: str) -> str:
-    """All of a change but its data. Named by position: a column of the table may be called like one of ours."""
-    return f"txid_current(), here, began, TG_RELID, pg_trigger_depth(), '{op}'"
+def _whole(schema: str, wake: tuple[int, int], table: Table | None = None) -> str:
+    """The statement trigger of a table that is captured wholly; of ``table`` alone where only a part of it is."""
+    where, old, new = _Into(schema, "pg_trigger_depth()"), _records(table, "old"), _records(table, "new")
+    body = _each_operation(where, old, new)
+    if table is not None:
+        # Whoever writes must not be stopped by what we do with a part of the row: it is the shipper that stops.
+        body = f"""
+    BEGIN{body}
+    EXCEPTION WHEN OTHERS THEN
+        {where.value("!", "convert_to(SQLERRM, 'UTF8')")}
+    END;"""
+    return f"""
+#variable_conflict use_column
+DECLARE
+    here pg_lsn := pg_current_wal_insert_lsn();
+    began pg_lsn := nullif(current_setting('cdc.began' || pg_trigger_depth(), true), '')::pg_lsn;
+BEGIN{body}{_wake(schema, wake)}
+    RETURN NULL;
+END"""
+
+
+def _each_operation(where: "_Into", old: str, new: str) -> str:
+    return f"""
+        IF TG_OP = 'UPDATE' THEN
+            {where.pairs(old, new)}
+        ELSIF TG_OP = 'INSERT' THEN
+            {where.chunks("I", new)}
+        ELSIF TG_OP = 'DELETE' THEN
+            {where.chunks("D", old)}
+        ELSE
+            {where.value("T", "NULL::bytea")}
+        END IF;"""
+
+
+def _wake(schema: str, wake: tuple[int, int]) -> str:
+    lock = "{}, {}".format(*wake)
+    return f"""
+    IF NOT (pg_try_advisory_lock_shared({lock}) AND pg_advisory_unlock_shared({lock})) THEN
+        PERFORM pg_notify({literal(schema)}, '');
+    END IF;"""
 
 
 def _records(table: Table | None, rows: str) -> str:
@@ -270,49 +312,64 @@ def _records(table: Table | None, rows: str) -> str:
     return f"SELECT record_send({row}) AS r FROM {rows} n{where}"
 
 
-def _chunks(schema: str, op: str, records: str) -> str:
-    """A few rows as one change; where there are more, or large ones, as many changes as that many bytes make."""
-    few = (
-        f"SELECT {_head(op)}, string_agg(r, '') FILTER (WHERE length(r) <= {_LARGE_BYTES}) "
-        f"FROM ({records} LIMIT {_FEW + 1}) s "
-        f"HAVING count(*) BETWEEN 1 AND {_FEW} AND max(length(r)) <= {_LARGE_BYTES}"
-    )
-    many = (
-        f"SELECT {_head(op)}, string_agg(r, '') FROM (SELECT r, sum(length(r)) OVER (ROWS UNBOUNDED PRECEDING)"
-        f" / {_CHUNK_BYTES} AS part FROM ({records} OFFSET 0) q) s GROUP BY part ORDER BY part"
-    )
-    return f"""{_insert(schema, few)}
-        IF NOT FOUND THEN{_insert(schema, many)}
-        END IF;"""
+class _Into(NamedTuple):
+    """Statements that write changes, static so that their plans are kept for the session.
+
+    Columns are told by their place: those of the table may be called like ours.
+    """
+
+    schema: str
+    depth: str
+    here: str = "here"
+    began: str = "began"
+
+    def value(self, op: str, data: str) -> str:
+        return f"{self._insert} VALUES ({self._head(literal(op))}, {data});"
+
+    def rows(self, op: str, records: str) -> str:
+        """Each row as a change."""
+        return f"{self._insert} SELECT {self._head(literal(op))}, r FROM ({records}) s;"
+
+    def pairs(self, old: str, new: str) -> str:
+        """Each old row as gone and each new one as come."""
+        both = f"SELECT 'D'::\"char\" AS op, r FROM ({old}) o UNION ALL SELECT 'I', r FROM ({new}) c"
+        return f"{self._insert} SELECT {self._head('op')}, r FROM ({both}) s;"
+
+    def chunks(self, op: str, records: str) -> str:
+        """A few rows as one change; where there are more, or large ones, as many as that many bytes make."""
+        head = self._head(literal(op))
+        few = (
+            f"SELECT {head}, string_agg(r, '') FILTER (WHERE length(r) <= {_LARGE_BYTES})"
+            f" FROM ({records} LIMIT {_FEW + 1}) s"
+            f" HAVING count(*) BETWEEN 1 AND {_FEW} AND max(length(r)) <= {_LARGE_BYTES}"
+        )
+        parts = f"SELECT r, sum(length(r)) OVER (ROWS UNBOUNDED PRECEDING) / {_CHUNK_BYTES} AS part"
+        many = (
+            f"SELECT {head}, string_agg(r, '') FROM ({parts} FROM ({records} OFFSET 0) q) s GROUP BY part ORDER BY part"
+        )
+        return f"""{self._insert} {few};
+            IF NOT FOUND THEN {self._insert} {many}; END IF;"""
+
+    @property
+    def _insert(self) -> str:
+        return f"INSERT INTO {_change(self.schema, SLOTS[0])}"
+
+    def _head(self, op: str) -> str:
+        return f"txid_current(), {self.here}, {self.began}, TG_RELID, {self.depth}, {op}"
 
 
-def _insert(schema: str, query: str) -> str:
-    """Into the change table whose turn it is. Static statements: the plans are kept for the session."""
-    inserts = [f"INSERT INTO {qualified(schema, change_table(slot))} {query};" for slot in SLOTS]
-    return f"""
-        IF slot = {SLOTS[0]} THEN {inserts[0]} ELSE {inserts[1]} END IF;"""
-
-
-def _capture_key(schema: str) -> str:
-    """A row trigger that fires where an UPDATE changes the key."""
-    return f"""
-#variable_conflict use_column
-DECLARE
-    here pg_lsn := pg_current_wal_insert_lsn();
-    slot int4 := date_part('minute', now())::int4 % {len(SLOTS)};
-    began pg_lsn;
-BEGIN
-    IF TG_NARGS > 0 THEN
-        began := nullif(current_setting(TG_ARGV[0] || pg_trigger_depth(), true), '')::pg_lsn;
-    END IF;{_insert(schema, f"VALUES ({_head('K')}, record_send(OLD) || record_send(NEW))")}
-    RETURN NULL;
-END"""
-
-
-# Settings are looked at by nobody else, and end with the transaction or with what of it is rolled back.
+# Settings are looked at by nobody else, and end with the transaction or with what of it is rolled back. Those of one
+# statement (MERGE) are alike.
 _BEGIN: Final = """
 BEGIN
-    PERFORM set_config(TG_ARGV[0] || pg_trigger_depth(), pg_current_wal_insert_lsn()::text, true);
+    IF TG_NARGS = 2 THEN
+        PERFORM set_config('cdc.leaving', 'on', true);
+        PERFORM set_config(TG_ARGV[0] || pg_trigger_depth(), coalesce(
+            nullif(current_setting(TG_ARGV[1] || pg_trigger_depth(), true), ''),
+            pg_current_wal_insert_lsn()::text), true);
+    ELSE
+        PERFORM set_config(TG_ARGV[0] || pg_trigger_depth(), pg_current_wal_insert_lsn()::text, true);
+    END IF;
     RETURN NULL;
 END"""
 
@@ -330,12 +387,25 @@ BEGIN
     RETURN number;
 END"""
 
-# Emptied is a change table whose turn it is not and of which nothing is needed, as seen by somebody who has it alone.
+# A statement that has begun still writes by the function as it was: both change tables are always read.
+_TURN_TO: Final = """
+DECLARE
+    tables text[] := ARRAY[{tables}];
+    each record;
+BEGIN
+    FOR each IN SELECT called, replace(body, tables[1], tables[slot + 1]) AS body FROM {s}.source LOOP
+        EXECUTE format('CREATE OR REPLACE FUNCTION {s}.%I() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER '
+            'SET search_path = pg_catalog, pg_temp AS %L', each.called, each.body);
+    END LOOP;
+    UPDATE {s}.turn t SET slot = $1, since = clock_timestamp();
+END"""
+
+# Emptied is the change table whose turn it is not, once nothing of it is needed, as seen by somebody who has it alone.
 _FORGET: Final = """
 DECLARE
     seen txid_snapshot := (SELECT snapshot::text::txid_snapshot FROM {s}.tick WHERE id = upto);
-    slot int4;
-    name text;
+    tables text[] := ARRAY[{tables}];
+    turn record;
     needed bool;
 BEGIN
     IF seen IS NULL THEN
@@ -344,19 +414,22 @@ BEGIN
     DELETE FROM {s}.tick WHERE id < upto;
     DELETE FROM {s}.shape o WHERE EXISTS (
         SELECT FROM {s}.shape n WHERE n.origin = o.origin AND n.tick > o.tick AND n.tick <= upto);
-    FOREACH slot IN ARRAY ARRAY[0, 1] LOOP
-        name := format('%I.%I', {schema}, 'change_' || slot);
-        PERFORM brin_summarize_new_values(format('%I.%I', {schema}, 'change_' || slot || '_xid')::regclass);
-        CONTINUE WHEN slot = date_part('minute', clock_timestamp())::int4 % 2 OR pg_relation_size(name::regclass) = 0;
+    PERFORM brin_summarize_new_values(i.indexrelid) FROM pg_index i WHERE i.indrelid = ANY (tables::regclass[]);
+    SELECT slot, tables[slot + 1] AS mine, tables[2 - slot] AS other, since INTO turn FROM {s}.turn;
+    IF pg_relation_size(turn.other::regclass) > 0 THEN
         BEGIN
-            EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE NOWAIT', name);
-            EXECUTE format('SELECT EXISTS (SELECT FROM %s WHERE NOT txid_visible_in_snapshot(xid, $1))', name)
+            EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE NOWAIT', turn.other);
+            EXECUTE format('SELECT EXISTS (SELECT FROM %s WHERE NOT txid_visible_in_snapshot(xid, $1))', turn.other)
                 INTO needed USING seen;
             IF NOT needed THEN
-                EXECUTE format('TRUNCATE %s', name);
+                EXECUTE format('TRUNCATE %s', turn.other);
             END IF;
         EXCEPTION WHEN lock_not_available THEN
             NULL;
         END;
-    END LOOP;
+    ELSIF pg_table_size(turn.mine::regclass) > {bytes}
+        OR (pg_relation_size(turn.mine::regclass) > 0
+            AND turn.since < clock_timestamp() - interval '{minutes} minutes') THEN
+        PERFORM {s}.turn_to(1 - turn.slot);
+    END IF;
 END"""

@@ -312,7 +312,6 @@ class _Reader:
         self._shapes = shapes
         self._first: _Change | None = first
         self._rest = rest
-        self._moved: dict[int, set[bytes]] = {}  # by relation the keys that rows have moved to
 
     def runs(self) -> Iterator[Run]:
         relations: dict[int, Relation] = {}
@@ -349,41 +348,20 @@ class _Reader:
             yield record.truncate([relation.id])
             return
         rows = record.rows(change.data, captured.layout)
-        head = relation.id.to_bytes(4)
-        width = len(relation.columns).to_bytes(2)
-        if change.op == b"I":
-            start = b"I" + head + b"N" + width
-            for row in rows:
-                yield start + b"".join(row)
-        elif change.op == b"U":
-            yield from self._updates(rows, relation, head + b"N" + width)
-        elif change.op == b"D":
+        if change.op == b"D":
             for row in rows:
                 yield _gone(relation, row)
         else:
-            old, new = rows
-            self._moved.setdefault(relation.id, set()).add(b"".join(_key(relation, new)))
-            yield _gone(relation, old)
-
-    def _updates(self, rows: Iterator[list[bytes]], relation: Relation, rest: bytes) -> Iterator[bytes]:
-        """A row that moved to another key went under the old one and comes under the new."""
-        moved = self._moved.get(relation.id)
-        for row in rows:
-            if moved and (key := b"".join(_key(relation, row))) in moved:
-                moved.discard(key)
-                yield b"I" + rest + b"".join(row)
-            else:
-                yield b"U" + rest + b"".join(row)
-
-
-def _key(relation: Relation, row: Sequence[bytes]) -> list[bytes]:
-    return record.key_only(row, [column.key for column in relation.columns])
+            start = change.op + relation.id.to_bytes(4) + b"N" + len(relation.columns).to_bytes(2)
+            for row in rows:
+                yield start + b"".join(row)
 
 
 def _gone(relation: Relation, row: Sequence[bytes]) -> bytes:
     if relation.identity == "f":
         return record.message(b"D", relation.id, b"O", row)
-    return record.message(b"D", relation.id, b"K", _key(relation, row))
+    key = [column.key for column in relation.columns]
+    return record.message(b"D", relation.id, b"K", record.key_only(row, key))
 
 
 def _run(relations: Mapping[int, Relation], messages: Sequence[bytes]) -> Run:

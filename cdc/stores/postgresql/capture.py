@@ -80,7 +80,7 @@ class Captured:
     relation: Relation
     layout: Layout
     highest: int
-    keyed: bool
+    plain: bool
     select: tuple[str, ...] = field(default=(), compare=False)
     condition: str = field(default="", compare=False)
 
@@ -91,7 +91,7 @@ class Captured:
             "types": list(self.layout.type_oids),
             "places": list(self.layout.places),
             "highest": self.highest,
-            "keyed": self.keyed,
+            "plain": self.plain,
         }
 
     @property
@@ -103,7 +103,7 @@ class Captured:
     def from_json(cls, value: Mapping[str, Any]) -> "Captured":
         relation = relation_from_json(value["relation"])
         layout = Layout(tuple(map(int, value["types"])), tuple(map(int, value["places"])))
-        return cls(int(value["origin"]), relation, layout, int(value["highest"]), bool(value["keyed"]))
+        return cls(int(value["origin"]), relation, layout, int(value["highest"]), bool(value["plain"]))
 
 
 def schema_of(slot: str) -> str:
@@ -250,6 +250,7 @@ _ROOTS: Final[LiteralString] = """
                    WHERE (t.tgrelid = c.oid OR t.tgrelid IN (SELECT relid FROM pg_partition_tree(c.oid)))
                      AND NOT t.tgisinternal AND p.pronamespace IS DISTINCT FROM to_regnamespace(%(schema)s)::oid)
            OR EXISTS (SELECT FROM reached WHERE root = c.oid AND id = c.oid) AS nesting,
+           -- whether triggers of others, or foreign keys, may change it while a statement of its own runs
            ARRAY(SELECT a.attname::text FROM (
                    SELECT x.indkey::int2[] AS numbers, x.indnkeyatts AS count FROM pg_index x
                    JOIN pg_class i ON i.oid = x.indexrelid
@@ -310,15 +311,14 @@ def _checked(connection: Connection, row: Any, schema: str, shape: Shape) -> _Wa
     expressions = None
     if columns is not None and masks is not None:
         expressions = tuple(sql.masked(schema, column, mask) for column, mask in zip(columns, masks, strict=True))
-    keyed = expressions is None and not shape.condition and not row.partitioned
+    plain = expressions is None and not shape.condition and not row.partitioned and not row.nesting
     names = {each.id: each for each in fetch(connection, _NAMES, [row.partitions or [row.id]])}
     origins = tuple(
         sql.Table(
             id_,
             names[id_].schema,
             names[id_].name,
-            tuple(row.key) if keyed else (),
-            row.nesting,
+            tuple(row.key) if plain else (),
             expressions,
             shape.condition,
         )
@@ -394,7 +394,7 @@ def _is_same(known: Any, table: _Wanted) -> bool:
     first = table.origins[0]
     return (
         set(known.origins) == {origin.id for origin in table.origins}
-        and (known.keyed, known.nesting, known.condition) == (bool(first.key), first.nesting, table.condition)
+        and (known.plain, known.condition) == (bool(first.key), table.condition)
         and (known.columns, known.masks)
         == (None if table.columns is None else [*table.columns], None if table.masks is None else [*table.masks])
     )
@@ -407,9 +407,9 @@ def _remember(schema: str, table: _Wanted) -> str:
     triggers = _TRIGGERS.format(schema=literal(s), origins=origins)
     return (
         f"INSERT INTO {s}.captured SELECT {table.id}, {origins}, {str(bool(first.key)).lower()},"
-        f" {str(first.nesting).lower()}, {_texts(table.columns)}, {_texts(table.masks)}, {literal(table.condition)},"
-        f" ({triggers}) ON CONFLICT (relation) DO UPDATE SET origins = excluded.origins, keyed = excluded.keyed,"
-        " nesting = excluded.nesting, columns = excluded.columns, masks = excluded.masks,"
+        f" {_texts(table.columns)}, {_texts(table.masks)}, {literal(table.condition)},"
+        f" ({triggers}) ON CONFLICT (relation) DO UPDATE SET origins = excluded.origins, plain = excluded.plain,"
+        " columns = excluded.columns, masks = excluded.masks,"
         " condition = excluded.condition, triggers = excluded.triggers"
     )
 
@@ -497,7 +497,7 @@ def faults(connection: Connection, schema: str) -> list[Fault]:
                ARRAY(SELECT p.relid::regclass::text FROM pg_partition_tree(c.oid) p JOIN pg_class k ON k.oid = p.relid
                      WHERE k.relkind IN ('r', 'p') AND p.relid::oid::int8 <> ALL (t.origins)) AS uncovered,
                (SELECT max(g.tgname::text) FROM pg_trigger g JOIN pg_proc f ON f.oid = g.tgfoid
-                WHERE NOT t.nesting AND g.tgrelid = ANY (t.origins::oid[]) AND NOT g.tgisinternal
+                WHERE t.plain AND g.tgrelid = ANY (t.origins::oid[]) AND NOT g.tgisinternal
                   AND f.pronamespace <> to_regnamespace({literal(identifier(schema))})) AS nests
         FROM {identifier(schema)}.captured t
         LEFT JOIN pg_class c ON c.oid = t.relation::oid LEFT JOIN pg_namespace s ON s.oid = c.relnamespace
@@ -587,7 +587,7 @@ def _described(schema: str, noted: Any, relation: Relation, origin: int, attribu
         replace(relation, columns=tuple(columns)),
         layout,
         max((attribute.highest for attribute in attributes), default=0),
-        noted.keyed,
+        noted.plain,
         tuple(sql.masked(schema, column.name, masks.get(column.name, "")) for column in columns),
         noted.condition,
     )

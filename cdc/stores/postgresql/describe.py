@@ -15,7 +15,7 @@ from cdc.stores.postgresql.connect import Connection, fetch
 
 # Below this OID stand the types whose OID is the same on every server.
 FIRST_UNSTABLE_OID: Final = 10_000
-_TRIGGER_LOG: Final = {"change_0", "change_1", "tick", "shape", "captured", "granted", "secret"}
+_TRIGGER_LOG: Final = {"change_0", "change_1", "tick", "shape", "captured", "granted", "secret", "source", "turn"}
 
 
 def is_ours(relation: Relation) -> bool:
