@@ -73,7 +73,7 @@ def parenthesized(condition: str) -> str:
     return f"(\n{condition}\n)"
 
 
-def create_schema(schema: str, owner: str, wake: tuple[int, int]) -> str:
+def create_schema(schema: str, owner: str, wake: int) -> str:
     """Everything but the triggers. ``wake``: the advisory lock that a shipper holds while it sleeps.
 
     Several statements, to be run as one.
@@ -104,7 +104,7 @@ _TABLES: Final = (
 )
 
 
-def _functions(schema: str, wake: tuple[int, int]) -> Iterator[str]:
+def _functions(schema: str, wake: int) -> Iterator[str]:
     s = identifier(schema)
     tables = [literal(_change(schema, slot)) for slot in SLOTS]
     yield _function(schema, "hashed(value text)", "text", _HASHED.format(s=s), language="sql", kind="STABLE STRICT")
@@ -133,7 +133,7 @@ def drop_schema(schema: str) -> str:
     return f"DROP SCHEMA IF EXISTS {identifier(schema)} CASCADE"
 
 
-def create_triggers(schema: str, owner: str, wake: tuple[int, int], table: Table) -> str:
+def create_triggers(schema: str, owner: str, wake: int, table: Table) -> str:
     """The triggers of a table, and its function where only a part of it is captured. Several statements, as one."""
     s, name = identifier(schema), qualified(table.schema, table.name)
     called = f"capture_{table.id}" if table.shaped else "capture" if table.key else "capture_whole"
@@ -232,7 +232,7 @@ def _function(
     )
 
 
-def _plain(schema: str, wake: tuple[int, int]) -> str:
+def _plain(schema: str, wake: int) -> str:
     """The statement trigger of a table that is captured plainly. Its UPDATE of a row or two is what has to be fast."""
     where, old, new = _Into(schema, "0"), _records(None, "old"), _records(None, "new")
     at_once = _Into(schema, "0", here="pg_current_wal_insert_lsn()", began="NULL")
@@ -261,7 +261,7 @@ BEGIN
 END"""
 
 
-def _whole(schema: str, wake: tuple[int, int], table: Table | None = None) -> str:
+def _whole(schema: str, wake: int, table: Table | None = None) -> str:
     """The statement trigger of a table that is captured wholly; of ``table`` alone where only a part of it is."""
     where, old, new = _Into(schema, "pg_trigger_depth()"), _records(table, "old"), _records(table, "new")
     body = _each_operation(where, old, new)
@@ -295,8 +295,8 @@ def _each_operation(where: "_Into", old: str, new: str) -> str:
         END IF;"""
 
 
-def _wake(schema: str, wake: tuple[int, int]) -> str:
-    lock = "{}, {}".format(*wake)
+def _wake(schema: str, wake: int) -> str:
+    lock = str(wake)
     return f"""
     IF NOT (pg_try_advisory_lock_shared({lock}) AND pg_advisory_unlock_shared({lock})) THEN
         PERFORM pg_notify({literal(schema)}, '');

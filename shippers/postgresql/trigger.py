@@ -219,11 +219,10 @@ class TriggerShipper:
 
     def _sleep(self, wait_s: float) -> None:
         if not self._asleep:
-            number, key = capture.wake_of(self._schema)
             with translated():
                 self._catalog.execute(f"LISTEN {identifier(self._schema)}".encode())
             self._asleep = bool(
-                fetch(self._catalog, "SELECT pg_try_advisory_lock(%s, %s) AS got", [number, key])[0].got
+                fetch(self._catalog, "SELECT pg_try_advisory_lock(%s) AS got", [capture.wake_of(self._schema)])[0].got
             )
             return  # what was written before the lock was ours woke nobody: look once more
         with translated():
@@ -232,7 +231,7 @@ class TriggerShipper:
 
     def _wake(self) -> None:
         if self._asleep:
-            fetch(self._catalog, "SELECT pg_advisory_unlock(%s, %s)", capture.wake_of(self._schema))
+            fetch(self._catalog, "SELECT pg_advisory_unlock(%s)", [capture.wake_of(self._schema)])
             self._asleep = False
 
     # Transactions.

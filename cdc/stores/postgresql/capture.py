@@ -111,10 +111,9 @@ def schema_of(slot: str) -> str:
     return slot if slot.startswith("cdc_") else f"cdc_{slot}"[:63]
 
 
-def wake_of(schema: str) -> tuple[int, int]:
+def wake_of(schema: str) -> int:
     """The advisory lock that a sleeping shipper holds, so that writers know to wake it."""
-    digest = hashlib.sha256(schema.encode()).digest()
-    return int.from_bytes(digest[:4], signed=True), int.from_bytes(digest[4:8], signed=True)
+    return int.from_bytes(hashlib.sha256(schema.encode()).digest()[:8], signed=True)
 
 
 EVERYTHING: Final = Shaping()
