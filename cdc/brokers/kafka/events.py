@@ -11,20 +11,22 @@ any of them may be there: whoever publishes does so again, and readers tell even
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from urllib.parse import parse_qsl, urlencode
 
 from cdc.brokers.kafka.broker import EARLIEST, LATEST, MESSAGE_BYTES_MAX, KafkaBroker
 from cdc.brokers.kafka.client import CONSUMER, PRODUCER, connect_client, end_producer, library, translated, words
+from cdc.brokers.kafka.framing import Bare, frame
 from cdc.brokers.kafka.inflate import INFLATED_BYTES_MAX, inflating
+from cdc.brokers.kafka.sending import Sending, whole_batches
 from cdc.brokers.kafka.target import parse
-from cdc.errors import CdcError, ConfigurationError, OutcomeUnknownError, UnavailableError, UsageError
-from cdc.events import EventRecord, Place, StoredEvent, partition_of, partitions_of
+from cdc.errors import ConfigurationError, OutcomeUnknownError, UnavailableError, UsageError
+from cdc.events import EventRecord, Headers, Place, StoredEvent, partition_of, partitions_of
 
-_BATCH_BYTES: Final = 900_000  # below what any topic takes unless it was made to take less
-_FLUSH_RECORDS: Final = 20_000  # sent before we wait for them
+_BATCH_BYTES: Final = 4 << 20
+_RECORD_OVERHEAD_BYTES: Final = 128  # of a batch and its only record, without headers
 _FETCH_RECORDS: Final = 5_000
 _ARRIVAL_S: Final = 15.0
 _SLICE_S: Final = 0.1
@@ -52,7 +54,7 @@ class KafkaEvents:
         self._kafka = broker
         self._partitions = partitions
         self._create = create
-        self._counts: dict[str, int] = {}
+        self._topics: dict[str, _Topic] = {}
         self._producer: Any = None
         self._consumer: Any = None
         self._stands: dict[Place, int] = {}
@@ -66,41 +68,44 @@ class KafkaEvents:
             raise UsageError(f"{self._kafka.target.label} was opened for reading", remedy="open it with create=True")
         doing = f"cannot publish {len(records)} events"
         with translated(self._kafka.target, doing):
-            counts = {topic: self._count(topic) for topic in {record.topic for record in records}}
+            batches = self._framed(records)
             if self._producer is None:
-                settings = {**PRODUCER, "batch_size": _BATCH_BYTES}
-                self._producer = connect_client(self._kafka.target, "KafkaProducer", settings)
+                self._producer = whole_batches(connect_client(self._kafka.target, "KafkaProducer", PRODUCER))
+        sending = Sending(self._producer, self._kafka.target.timeout_s)
         try:
-            for at in range(0, len(records), _FLUSH_RECORDS):
-                self._send(records[at : at + _FLUSH_RECORDS], counts)
+            for place, bare in batches:
+                sending.send(self._kafka.target.prefix + place.topic, place.partition, bare)
+            sending.wait()
         except Exception as error:
             self._drop_producer()
-            if isinstance(error, CdcError):
-                raise
             if isinstance(error, library("errors").MessageSizeTooLargeError):
-                raise ConfigurationError(
-                    f"{doing}: one is larger than its topic takes", remedy="raise the topic's max.message.bytes"
-                ) from error
+                self._topics.clear()  # the limit was lowered: ask again
+                raise _too_large(doing) from error
             raise OutcomeUnknownError(f"{doing}: {words(error)}") from error
 
-    def _send(self, records: Sequence[EventRecord], counts: Mapping[str, int]) -> None:
-        prefix = self._kafka.target.prefix
-        futures = []
-        for topic, key, value, headers, partition in records:
-            chosen = partition_of(key, counts[topic]) if partition is None else partition
-            futures.append(
-                self._producer.send(prefix + topic, value=value, key=key, headers=list(headers), partition=chosen)
-            )
-        self._producer.flush(self._kafka.target.timeout_s)
-        for future in futures:
-            future.get(0)
+    def _framed(self, records: Sequence[EventRecord]) -> Iterator[tuple[Place, Bare]]:
+        """The records in batches, each partition's in order, put together as they are asked for.
 
-    def _count(self, topic: str) -> int:
-        """How many partitions a topic has, which is created where it is not there."""
-        known = self._counts.get(topic)
+        :raises ConfigurationError: a record is larger than its topic takes; nothing was published.
+        """
+        by_place = _by_place(records, {topic: self._topic(topic).partitions for topic in {each[0] for each in records}})
+        for place, content in by_place.items():
+            limit = self._topic(place.topic).message_bytes_max
+            if any(_size(*each) > limit for each in content):
+                raise _too_large(f"cannot publish an event to {place}")
+        return (
+            (place, bare)
+            for place, content in by_place.items()
+            for bare in frame(content, min(_BATCH_BYTES, self._topic(place.topic).message_bytes_max))
+        )
+
+    def _topic(self, topic: str) -> "_Topic":
+        """What we must know of a topic, which is created where it is not there."""
+        known = self._topics.get(topic)
         if known is None:
-            known = self._described(topic) or self._made(topic)
-            self._counts[topic] = known
+            partitions = self._described(topic) or self._made(topic)
+            limit = self._kafka.message_bytes_max(self._kafka.target.prefix + topic)
+            known = self._topics[topic] = _Topic(partitions, limit)
         return known
 
     def _described(self, topic: str) -> int:
@@ -206,3 +211,33 @@ class KafkaEvents:
         producer, self._producer = self._producer, None
         if producer is not None:
             end_producer(producer)
+
+
+class _Topic(NamedTuple):
+    partitions: int
+    message_bytes_max: int
+
+
+def _by_place(
+    records: Sequence[EventRecord], counts: Mapping[str, int]
+) -> dict[Place, list[tuple[bytes | None, bytes | None, Headers]]]:
+    """Keys, values and headers by partition, each partition's in order."""
+    found: dict[tuple[str, int], list[tuple[bytes | None, bytes | None, Headers]]] = {}
+    for topic, key, value, headers, partition in records:
+        chosen = partition_of(key, counts[topic]) if partition is None else partition
+        try:
+            found[topic, chosen].append((key, value, headers))
+        except KeyError:
+            found[topic, chosen] = [(key, value, headers)]
+    return {Place(topic, partition): content for (topic, partition), content in found.items()}
+
+
+def _size(key: bytes | None, value: bytes | None, headers: Headers) -> int:
+    size = len(key or b"") + len(value or b"") + _RECORD_OVERHEAD_BYTES
+    return size + sum(2 * len(name) + len(content) + 10 for name, content in headers) if headers else size
+
+
+def _too_large(doing: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"{doing}: one is larger than its topic takes", remedy="raise the topic's max.message.bytes"
+    )
