@@ -18,16 +18,17 @@ from urllib.parse import parse_qsl, urlencode
 
 from cdc.brokers.kafka.broker import EARLIEST, LATEST, MESSAGE_BYTES_MAX, KafkaBroker
 from cdc.brokers.kafka.client import CONSUMER, PRODUCER, connect_client, end_producer, library, translated, words
+from cdc.brokers.kafka.fetching import by_batches
 from cdc.brokers.kafka.framing import Bare, frame
-from cdc.brokers.kafka.inflate import INFLATED_BYTES_MAX, inflating
+from cdc.brokers.kafka.inflate import INFLATED_BYTES_MAX, InflatedError, inflating
 from cdc.brokers.kafka.sending import Sending, whole_batches
 from cdc.brokers.kafka.target import parse
-from cdc.errors import ConfigurationError, OutcomeUnknownError, UnavailableError, UsageError
+from cdc.errors import ConfigurationError, DecodeError, OutcomeUnknownError, UnavailableError, UsageError
 from cdc.events import EventRecord, Headers, Place, StoredEvent, partition_of, partitions_of
 
 _BATCH_BYTES: Final = 4 << 20
 _RECORD_OVERHEAD_BYTES: Final = 128  # of a batch and its only record, without headers
-_FETCH_RECORDS: Final = 5_000
+_FETCH_BATCHES: Final = 64
 _ARRIVAL_S: Final = 15.0
 _SLICE_S: Final = 0.1
 
@@ -57,6 +58,7 @@ class KafkaEvents:
         self._topics: dict[str, _Topic] = {}
         self._producer: Any = None
         self._consumer: Any = None
+        self._batches_max = _FETCH_BATCHES
         self._stands: dict[Place, int] = {}
 
     def publish(self, records: Sequence[EventRecord]) -> None:
@@ -134,22 +136,54 @@ class KafkaEvents:
             return self._described(topic)
         return wanted
 
-    def fetch(self, offsets: Mapping[Place, int], *, limit_bytes: int, wait_s: float) -> Sequence[StoredEvent]:  # noqa: ARG002
-        """At most 8 MiB at once, as Kafka sends it, whatever ``limit_bytes`` says."""
+    def fetch(self, offsets: Mapping[Place, int], *, limit_bytes: int, wait_s: float) -> Sequence[StoredEvent]:
+        """
+        :raises DecodeError: a batch fails its checksum, is malformed, or inflates beyond 64 MiB.
+        """
         if not offsets:
             return []
-        with translated(self._kafka.target, "cannot read events"), inflating(INFLATED_BYTES_MAX):
-            if self._consumer is None:
-                self._consumer = connect_client(self._kafka.target, "KafkaConsumer", CONSUMER)
-            self._stand(offsets)
-            deadline = time.monotonic() + _ARRIVAL_S
-            while not (came := self._consumer.poll(timeout_ms=int(wait_s * 1000), max_records=_FETCH_RECORDS)):
-                if not self._is_behind(offsets):
-                    return []
-                if time.monotonic() > deadline:
-                    raise UnavailableError(f"{self._kafka.target.label} has events, but sends none")
-                wait_s = _SLICE_S
-        return [self._stored(record) for records in came.values() for record in records]
+        with translated(self._kafka.target, "cannot read events"):
+            try:
+                return self._fetched(offsets, limit_bytes, wait_s)
+            except InflatedError as error:
+                self._drop_consumer()  # one that failed is of no more use
+                if self._batches_max == 1:
+                    places = ", ".join(f"{place} at or behind offset {at}" for place, at in offsets.items())
+                    raise DecodeError(
+                        f"a batch of {places} {error}",
+                        remedy="whoever writes the topic must compress less at once",
+                    ) from error
+                self._batches_max = 1  # several were too large together
+        return self.fetch(offsets, limit_bytes=limit_bytes, wait_s=wait_s)
+
+    def _fetched(self, offsets: Mapping[Place, int], limit_bytes: int, wait_s: float) -> list[StoredEvent]:
+        if self._consumer is None:
+            self._consumer = by_batches(connect_client(self._kafka.target, "KafkaConsumer", CONSUMER))
+        self._stand(offsets)
+        deadline = time.monotonic() + _ARRIVAL_S
+        while not (events := self._polled(wait_s)):
+            if not self._is_behind(offsets):
+                return []
+            if time.monotonic() > deadline:
+                raise UnavailableError(f"{self._kafka.target.label} has events, but sends none")
+            wait_s = _SLICE_S
+        size = _weight(events)
+        while size < limit_bytes and (more := self._polled(0)):
+            events += more
+            size += _weight(more)
+        return events
+
+    def _polled(self, wait_s: float) -> list[StoredEvent]:
+        with inflating(INFLATED_BYTES_MAX):
+            came = self._consumer.poll(timeout_ms=int(wait_s * 1000), max_records=self._batches_max)
+        events: list[StoredEvent] = []
+        for partition, batches in came.items():
+            place = Place(partition.topic.removeprefix(self._kafka.target.prefix), partition.partition)
+            for last, base, first, records in batches:
+                self._stands[place] = last + 1
+                new = [StoredEvent(place, base + delta, *content) for delta, *content in records]
+                events += new if first <= base else [event for event in new if event.offset >= first]
+        return events
 
     def _is_behind(self, offsets: Mapping[Place, int]) -> bool:
         """Is there anything to read that did not come yet? What was compacted away is not."""
@@ -166,12 +200,6 @@ class KafkaEvents:
             if self._stands.get(place) != offset:
                 self._consumer.seek(self._partition(place), offset)
                 self._stands[place] = offset
-
-    def _stored(self, record: Any) -> StoredEvent:
-        place = Place(record.topic.removeprefix(self._kafka.target.prefix), record.partition)
-        self._stands[place] = record.offset + 1
-        headers = tuple((name, bytes(value or b"")) for name, value in record.headers)
-        return StoredEvent(place, record.offset, record.key, record.value, headers)
 
     def _partition(self, place: Place) -> Any:
         return library("structs").TopicPartition(self._kafka.target.prefix + place.topic, place.partition)
@@ -201,11 +229,15 @@ class KafkaEvents:
 
     def close(self) -> None:
         self._drop_producer()
-        if self._consumer is not None:
-            self._consumer.close()
-            self._consumer = None
+        self._drop_consumer()
         with closing(self._kafka):
             pass
+
+    def _drop_consumer(self) -> None:
+        consumer, self._consumer = self._consumer, None
+        self._stands = {}
+        if consumer is not None:
+            consumer.close()
 
     def _drop_producer(self) -> None:
         producer, self._producer = self._producer, None
@@ -241,3 +273,7 @@ def _too_large(doing: str) -> ConfigurationError:
     return ConfigurationError(
         f"{doing}: one is larger than its topic takes", remedy="raise the topic's max.message.bytes"
     )
+
+
+def _weight(events: Sequence[StoredEvent]) -> int:
+    return sum(len(event.value or b"") + len(event.key or b"") for event in events)
