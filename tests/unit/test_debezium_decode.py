@@ -134,7 +134,7 @@ def test_rows_that_are_not_of_their_shape() -> None:
         with pytest.raises(DecodeError):
             table.key(key)
     with pytest.raises(DecodeError, match="names 'other'"):
-        Table(Event(**{**{f: getattr(event, f) for f in event.__dataclass_fields__}, "key": {"other": 1}}),
+        Table(event._replace(key={"other": 1}),
               {"id": "integer", "first_name": "text", "last_name": "text"}, Modes())  # fmt: skip
 
 

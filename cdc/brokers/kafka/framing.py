@@ -144,6 +144,8 @@ def parse(body: bytes, at: int, count: int) -> list[Parsed]:
     """
     records = []
     end = len(body)
+    key: bytes | None
+    value: bytes | None
     try:
         for _ in range(count):
             # Nearly all numbers are of one byte or two.
@@ -163,14 +165,24 @@ def parse(body: bytes, at: int, count: int) -> list[Parsed]:
             at += 1
             if delta > 0x7F:
                 delta, at = _more(body, at, delta)
-            key, at = _bytes(body, at, stop)
-            value, at = _bytes(body, at, stop)
+            size = body[at]
+            if size & 1 or size > 0x7F:
+                key, at = _bytes(body, at, stop)
+            else:
+                at += 1
+                key = body[at : (at := at + (size >> 1))]
+            size = body[at]
+            if size > 0x7F and (high := body[at + 1]) <= 0x7F and not size & 1:
+                at += 2
+                value = body[at : (at := at + (size >> 1 & 0x3F | high << 6))]
+            else:
+                value, at = _bytes(body, at, stop)
             headers: tuple[tuple[str, bytes], ...] = ()
             if body[at] or at + 1 != stop:
                 headers, at = _read_headers(body, at, stop)
             else:
                 at += 1
-            if at != stop:
+            if at != stop:  # also where a key or a value reached past the end
                 raise ValueError(f"a record ends at byte {at}, not at {stop}")
             records.append(Parsed(delta >> 1, key, value, headers))
     except IndexError:
