@@ -23,7 +23,7 @@ from cdc.debezium.decode import Boundary, Event, Item
 from cdc.errors import ConfigurationError, GapError
 from cdc.events import Place
 
-_HELD_BYTES: Final = 32 << 20
+_HELD_BYTES: Final = 4 << 20
 
 
 class Unit(NamedTuple):
