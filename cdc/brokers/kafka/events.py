@@ -93,7 +93,8 @@ class KafkaEvents:
         by_place = _by_place(records, {topic: self._topic(topic).partitions for topic in {each[0] for each in records}})
         for place, content in by_place.items():
             limit = self._topic(place.topic).message_bytes_max
-            if any(_size(*each) > limit for each in content):
+            suspects = [each for each in content if each[2] or len(each[0] or b"") + len(each[1] or b"") > limit // 2]
+            if any(_size(*each) > limit for each in suspects):
                 raise _too_large(f"cannot publish an event to {place}")
         return (
             (place, bare)
