@@ -280,11 +280,18 @@ def _row_fields(schema: Any) -> Fields:
         raise DecodeError("the schema describes no field 'after'") from None
 
 
+def _is_table(told: Any) -> bool:
+    """Messages are counted too: we name them by nothing, Debezium 3.5 by a Java object."""
+    name = told.get("data_collection") if isinstance(told, dict) else None
+    return name != "" and not str(name).startswith("io.debezium.connector.")
+
+
 def _boundary(payload: Payload) -> Boundary:
     xid, _, lsn = _typed(payload, "id", str).partition(":")
     counts = {
         _typed(_object(each, "data_collections"), "data_collection", str): _typed(each, "event_count", int)
         for each in _typed(payload, "data_collections", list, [])
+        if _is_table(each)
     }
     status = payload["status"]
     if status not in ("BEGIN", "END") or not (lsn or "0").isdigit() or len(lsn) > 20:

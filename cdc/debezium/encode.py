@@ -208,8 +208,8 @@ class Encoder:
         )
 
     def _boundary(self, opened: "_Open", status: Literal["BEGIN", "END"]) -> Iterator[EventRecord]:
-        if not self._options.transactions:
-            return
+        if not self._options.transactions or not opened.head.xid:
+            return  # a message outside of all transactions has no xid
         counts = 'null,"data_collections":null'
         if status == "END":
             told = [{"data_collection": name, "event_count": count} for name, count in opened.counts.items()]
@@ -306,7 +306,7 @@ class Encoder:
         old = table.before(before, change.forms, full=change.before_kind == "O")
         yield table.record(key, old, "null", "d", around())._replace(headers=headers)
         if self._options.tombstones and key is not None:
-            yield EventRecord(table.topic, key, None)
+            yield EventRecord(table.topic, key, None, headers)
 
     def _logical_message(
         self, batch: Batch, opened: "_Open", message: pgoutput.LogicalMessage, stamps: str
@@ -445,15 +445,14 @@ class _Table:
 
     def __init__(self, relation: Relation, options: EventOptions) -> None:
         self.relation = relation
-        self._name = f"{options.prefix}.{relation.label}"
-        self.topic = _NOT_OF_TOPICS.sub("_", self._name)
+        self.topic = _NOT_OF_TOPICS.sub("_", f"{options.prefix}.{relation.label}")
         self.width = len(relation.columns)
         self._modes = options.modes
         self._types = {description.oid: description for description in relation.types}
         self._fields = [column_field(column, self._types, options.modes) for column in relation.columns]
         self._keyed = key_columns(relation)
         key_fields = [self._fields[index] for index in self._keyed]
-        key_ends = key_schema(self._name, key_fields), envelope_schema(self._name, self._fields)
+        key_ends = key_schema(self.topic, key_fields), envelope_schema(self.topic, self._fields)
         self._key_ends, self._value_ends = (_ends(of, schemas=options.schemas) for of in key_ends)
         self._wrap_key, self._wrap = (_around(of, schemas=options.schemas) for of in key_ends)
         self._row_template = _template(self._fields)

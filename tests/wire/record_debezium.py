@@ -3,8 +3,8 @@
 LIBS is a directory with the jars of ``io.debezium:debezium-embedded`` and ``io.debezium:debezium-connector-postgres``
 (recorded with 3.5.0.Final; leave out ``io.confluent`` and ``io.apicurio``, which are not on Maven Central). Java 17 or
 later must be there. The same changes are made once with schemas and once without, each in an embedded PostgreSQL 18 of
-its own, and read by Debezium's embedded engine with Connect's JsonConverter (``DebeziumRecorder.java``, :data:`SETTINGS`)
-and at the same time by us. The result is ``golden_debezium/recorded_<schemas|bare>.json.gz``:
+its own, and read by Debezium's embedded engine with Connect's JsonConverter (``DebeziumRecorder.java``,
+:data:`SETTINGS`) and by us. The result is ``golden_debezium/recorded_<schemas|bare>.json.gz``:
 
 - ``ddl``, ``rows``, ``changes``: the statements; ``tables``: the rows at the end, as text;
 - ``records``: topic, key, value and headers of each record, in the order told;
@@ -57,9 +57,10 @@ DDL: Final = (
     "CREATE DOMAIN positive AS int CHECK (value > 0)",
     """CREATE TABLE kinds (
         id int PRIMARY KEY, b bool NOT NULL DEFAULT false, i2 smallint, i8 bigint, o oid, f4 real, f8 double precision,
-        n numeric(10, 2) NOT NULL, free numeric, m money, t text, v varchar(10), c char(4), bin bytea, d date, t0 time(0),
-        t6 time, ts0 timestamp(0), ts3 timestamp(3), ts6 timestamp, tz timestamptz, ttz timetz, iv interval, u uuid,
-        j json, jb jsonb, x xml, bit1 bit, bit5 bit(5), vb varbit(12), vbopen varbit, net inet, cid cidr, mac macaddr,
+        n numeric(10, 2) NOT NULL, free numeric, m money, t text, v varchar(10), c char(4), bin bytea, d date,
+        t0 time(0), t6 time, ts0 timestamp(0), ts3 timestamp(3), ts6 timestamp, tz timestamptz, ttz timetz,
+        iv interval, u uuid, j json, jb jsonb, x xml, bit1 bit, bit5 bit(5), vb varbit(12), vbopen varbit,
+        net inet, cid cidr, mac macaddr,
         ir int4range, tr tstzrange, p point, mo mood, po positive, tv tsvector,
         ai int[], at text[], an numeric(6, 1)[], ad date[], au uuid[], atz timestamptz[])""",
     "CREATE TABLE required (id bigint PRIMARY KEY, b bool NOT NULL, i int NOT NULL, n numeric(8, 3) NOT NULL,"
@@ -84,12 +85,13 @@ DDL: Final = (
 TABLES: Final = ("kinds", "required", "defaults", "pairs", "whole", "keyless", "toasted", "emptied", '"odd na%me"')
 
 _KINDS: Final = (
-    "INSERT INTO kinds VALUES (%d, true, -3, 9007199254740993, 4294967295, 1.5, -0.1, 12.34, 1.50, '12.34', 'naïve \"x\"',"
-    " 'v', 'c', '\\x00ff', '2024-02-29', '12:34:56', '12:34:56.789012', '2024-02-29 12:34:56', '2024-02-29 12:34:56.789',"
-    " '1969-12-31 23:59:59.999999', '2024-02-29 12:34:56.123456+02', '12:34:56.5+02', '1 year 2 months 3 days 04:05:06.7',"
-    " '00000000-0000-0000-0000-00000000000f', '{\"a\": 1.50}', '{\"a\": [1, null]}', NULL, B'1', B'10110', B'101',"
-    " B'1111000011110000', '10.0.0.1/8', '10.0.0.0/8', '08:00:2b:01:02:03', '[1,5)', '[2024-01-01,2024-02-01)', '(1,2.5)',"
-    " 'so, so', 5, 'a fat cat', '{1,NULL,-3}', '{a,\"b,c\",NULL,\"\"}', '{1.5,NULL}', '{2024-01-01}',"
+    "INSERT INTO kinds VALUES (%d, true, -3, 9007199254740993, 4294967295, 1.5, -0.1, 12.34, 1.50, '12.34',"
+    " 'naïve \"x\"', 'v', 'c', '\\x00ff', '2024-02-29', '12:34:56', '12:34:56.789012', '2024-02-29 12:34:56',"
+    " '2024-02-29 12:34:56.789', '1969-12-31 23:59:59.999999', '2024-02-29 12:34:56.123456+02', '12:34:56.5+02',"
+    " '1 year 2 months 3 days 04:05:06.7', '00000000-0000-0000-0000-00000000000f', '{\"a\": 1.50}',"
+    " '{\"a\": [1, null]}', NULL, B'1', B'10110', B'101',"
+    " B'1111000011110000', '10.0.0.1/8', '10.0.0.0/8', '08:00:2b:01:02:03', '[1,5)', '[2024-01-01,2024-02-01)',"
+    " '(1,2.5)', 'so, so', 5, 'a fat cat', '{1,NULL,-3}', '{a,\"b,c\",NULL,\"\"}', '{1.5,NULL}', '{2024-01-01}',"
     " '{00000000-0000-0000-0000-00000000000f}', '{2024-01-01 00:00:00+00}')"
 )
 _REQUIRED: Final = (
@@ -105,7 +107,7 @@ ROWS: Final = (
     "INSERT INTO whole SELECT g, 'n', repeat(md5(g::text), 100) FROM generate_series(1, 3) g",
     "INSERT INTO keyless VALUES (1, 'a'), (2, NULL)",
     "INSERT INTO emptied VALUES (1)",
-    'INSERT INTO "odd na%me" VALUES (1, \'x\')',
+    "INSERT INTO \"odd na%me\" VALUES (1, 'x')",
 )
 CHANGES: Final = (
     _KINDS % 3,
@@ -118,7 +120,8 @@ CHANGES: Final = (
     "DELETE FROM required WHERE id = 1",
     "INSERT INTO defaults (t, n) VALUES ('y', NULL)",
     "BEGIN; INSERT INTO pairs VALUES (9, 'new', NULL, NULL); UPDATE pairs SET note = 'changed' WHERE a = 1;"
-    " DELETE FROM pairs WHERE a = 2; UPDATE whole SET note = 'changed' WHERE id = 1; DELETE FROM whole WHERE id = 2; COMMIT",
+    " DELETE FROM pairs WHERE a = 2; UPDATE whole SET note = 'changed' WHERE id = 1; DELETE FROM whole WHERE id = 2;"
+    " COMMIT",
     "UPDATE pairs SET a = -a, long = 'short' WHERE a = 3",
     "UPDATE whole SET id = 33 WHERE id = 3",
     "UPDATE keyless SET note = 'b' WHERE a = 1",
@@ -246,10 +249,8 @@ def record(libs: Path, *, schemas: bool) -> dict[str, Any]:
         }
         with closing(_Debezium(libs, Path(directory), settings)) as debezium:
             records = debezium.told(60)
-            print(f"{len(records)} records of the snapshot", flush=True)
             _run(url, CHANGES)
             records += debezium.told(30)
-        print(f"{len(records)} records", flush=True)
         _ship(url, broker)
         return {
             "ddl": DDL,
