@@ -327,7 +327,8 @@ class EventWriter:
                 f"the follower's table {event.label} has no column {', '.join(map(repr, missing))}",
                 remedy="add it there, with the leader's type",
             )
-        self._tables[event.label] = shape, table
+        if event.op != "t":  # which has no key
+            self._tables[event.label] = shape, table
         return table
 
     def _flush(self, net: "_Net") -> None:

@@ -17,8 +17,8 @@ from zlib import crc32
 
 from orjson import loads
 
-from cdc.debezium.schema import Modes, Schema, column_schema
-from cdc.debezium.texts import Read, column_reader, reader
+from cdc.debezium.schema import Modes, Schema, column_schema, schema
+from cdc.debezium.texts import UNKNOWN, Read, column_reader, reader
 from cdc.debezium.values import unavailable
 from cdc.errors import DecodeError, SchemaError
 from cdc.events import StoredEvent
@@ -191,19 +191,19 @@ class Decoder:
         known = self._schemas.get(topic)
         if known is None:
             known = self._schemas[topic] = {}
-        for head, schema in known.items():
+        for head, seen in known.items():
             if data.startswith(head):
-                return schema, _json(data[len(head) : -1])
+                return seen, _json(data[len(head) : -1])
         whole = _json(data)
         if not isinstance(whole, dict) or set(whole) != {"schema", "payload"}:
             return None, whole
-        schema = _Known(whole["schema"])
+        new = _Known(whole["schema"])
         head, found, _ = data.partition(b',"payload":')
         if found and _is_head(head + b"}", whole["schema"]):
             if len(known) >= _SCHEMAS_HELD:
                 known.clear()
-            known[head + found] = schema
-        return schema, whole["payload"]
+            known[head + found] = new
+        return new, whole["payload"]
 
 
 class _Last(NamedTuple):
@@ -472,21 +472,24 @@ def _declared_fields(event: Event, declared: Mapping[str, str] | None, modes: Mo
             f"the follower's table {event.label} has no column {', '.join(map(repr, missing))}",
             remedy="add it there, with the leader's type",
         )
-    return tuple(
-        {**column_schema(*_declared_type(declared[name]), {}, modes), "optional": True, "field": name} for name in names
-    )
+    return tuple({**_declared_schema(declared[name], modes), "optional": True, "field": name} for name in names)
+
+
+def _declared_schema(declared: str, modes: Modes) -> Schema:
+    known = _declared_type(declared)
+    return schema("string", UNKNOWN) if known is None else column_schema(*known, {}, modes)
 
 
 @lru_cache(1024)
-def _declared_type(declared: str) -> tuple[int, int]:
-    """OID and modifier of a type as format_type() prints it; text for one that is not built in."""
+def _declared_type(declared: str) -> tuple[int, int] | None:
+    """OID and modifier of a type as format_type() prints it; None for one that is not built in, its array text's."""
     found = _DECLARED.fullmatch(declared)
     if found is None:
-        return oids.TEXT, -1
+        return None
     name, first, second, zone, array = found.groups()
     oid = _BY_SQL.get(name + (zone or "") + ("[]" if array else ""))
     if oid is None:
-        return _ARRAYS[oids.TEXT] if array else oids.TEXT, -1
+        return (_ARRAYS[oids.TEXT], -1) if array else None
     if first is None:
         return oid, 1 if name == "bit" else -1
     if name == "numeric":

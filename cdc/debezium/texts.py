@@ -258,6 +258,17 @@ def _hstore_quoted(value: Any) -> str:
     return '"' + _string(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
+UNKNOWN: Final = "unknown"
+"""Names the schema of a field that came without one and whose type on the follower is not built in: an enum, or a
+domain of who knows what."""
+
+
+def _anything(value: Any) -> str:
+    if type(value) is bool:
+        return _boolean(value)
+    return _string(value) if type(value) is str else _number(value)
+
+
 _IO: Final = "io.debezium.time."
 _CONNECT: Final = "org.apache.kafka.connect.data."
 
@@ -279,6 +290,7 @@ _BY_NAME: Final[Mapping[str, Read]] = {
     _IO + "ZonedTime": _iso_time("+00"),
     _IO + "MicroDuration": lambda value: f"{_exactly(int, value)} microseconds",
     _IO + "Interval": lambda value: times.interval_of_iso(_exactly(str, value)),
+    UNKNOWN: _anything,
     "io.debezium.data.VariableScaleDecimal": _variable_scale,
     "io.debezium.data.geometry.Point": _point,
 }

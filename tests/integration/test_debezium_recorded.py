@@ -18,9 +18,20 @@ from tests.fix_kafka import KafkaServer, fresh_url
 from tests.fix_postgresql import DatabaseFactory
 from tests.unit.test_debezium_recorded import FORMS, recorded
 
+SECONDS = " + ".join(
+    f"extract({part} FROM iv) * {seconds}"
+    for part, seconds in {
+        "year": 31_557_600,
+        "month": 2_629_800,
+        "day": 86_400,
+        "hour": 3_600,
+        "minute": 60,
+        "second": 1,
+    }.items()
+)
 LOST = {
-    "kinds.iv": "extract(epoch FROM iv)",  # months and years become days
-    "required.iv": "extract(epoch FROM iv)",
+    "kinds.iv": f"trim_scale({SECONDS})",  # years, months and days become hours
+    "required.iv": f"trim_scale({SECONDS})",
     "kinds.ttz": "ttz AT TIME ZONE 'UTC'",
     "kinds.free": "trim_scale(free)",  # Debezium drops the zeros
     "required.free": "trim_scale(free)",
@@ -38,9 +49,14 @@ def publish(broker: EventBroker, form: str, without: tuple[str, ...]) -> None:
             tuple((name, content.encode()) for name, content in each["headers"].items()),
         )
         for each in recorded(form)["records"]
-        if each["topic"] not in without
+        if each["topic"] not in without and not _is_image_of_keyless(each)
     ]
     broker.publish(records)
+
+
+def _is_image_of_keyless(record: dict[str, Any]) -> bool:
+    """Rows that cannot be told apart are not taken from an image; :func:`make_tables` puts them there."""
+    return record["topic"] == "p.public.keyless" and '"op":"r"' in (record["value"] or "")
 
 
 def make_tables(url: str) -> None:
@@ -48,6 +64,7 @@ def make_tables(url: str) -> None:
         for statement in recorded("bare")["ddl"]:
             if "PUBLICATION" not in statement:
                 connection.execute(statement.encode())
+        connection.execute("INSERT INTO keyless VALUES (1, 'a'), (2, NULL)")
 
 
 def assert_like_the_leader(url: str, form: str, without: tuple[str, ...] = ()) -> None:
@@ -66,7 +83,14 @@ def assert_like_the_leader(url: str, form: str, without: tuple[str, ...] = ()) -
                 sorted(connection.execute(f"SELECT {shown} FROM {place}".encode()).fetchall(), key=repr)
                 for place in ("leader", table)
             )
-            assert got == wanted, table
+            assert len(got) == len(wanted), table
+            differing = [
+                (table, name, mine, its)
+                for row, expected in zip(got, wanted, strict=True)
+                for (name,), mine, its in zip(columns, row, expected, strict=True)
+                if mine != its
+            ]
+            assert not differing
             connection.execute("DROP TABLE leader")
 
 
@@ -82,7 +106,8 @@ def test_a_follower_of_debezium(
 ) -> None:
     follower = database(postgres18)
     make_tables(follower)
-    broker = PackedEvents(EmbeddedBroker(tmp_path / "log"), partitions=3)
+    # Key by key there is no order between a truncate, which has no key, and rows in other partitions.
+    broker = PackedEvents(EmbeddedBroker(tmp_path / "log"), partitions=3 if transactions else 1)
     # Changes of a table without a key need their transactions.
     without = () if transactions else ("keyless",)
     publish(broker, form, tuple(f"p.public.{table}" for table in without))

@@ -203,7 +203,10 @@ def _run(url: str, statements: tuple[str, ...]) -> None:
 def _tables(url: str) -> dict[str, list[str]]:
     with psycopg.connect(url, options="-c timezone=UTC") as connection:
         return {
-            table: [row for (row,) in connection.execute(f"SELECT t::text FROM {table} t ORDER BY 1".encode())]
+            table: [
+                row
+                for (row,) in connection.execute(f"SELECT whole_row::text FROM {table} whole_row ORDER BY 1".encode())
+            ]
             for table in TABLES
         }
 

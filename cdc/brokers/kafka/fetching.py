@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from cdc.brokers.kafka.client import library
 from cdc.brokers.kafka.framing import Parsed, parse
+from cdc.brokers.kafka.inflate import InflatedError
 
 
 class Fetched(NamedTuple):
@@ -60,8 +61,20 @@ def _by_batches(original: Any) -> Any:
     return Batches
 
 
+def _inflate(tp: Any, batch: Any) -> None:
+    errors = library("errors")
+    try:
+        batch._maybe_uncompress()
+    except (InflatedError, errors.KafkaError):
+        raise
+    except Exception as error:  # each codec's library has errors of its own
+        raise errors.CorruptRecordError(
+            f"a batch of {tp.topic}[{tp.partition}] at offset {batch.base_offset} cannot be inflated: {error}"
+        ) from error
+
+
 def _read(tp: Any, batch: Any, first: int) -> Fetched:
-    batch._maybe_uncompress()
+    _inflate(tp, batch)
     try:
         records = parse(bytes(memoryview(batch._buffer)[batch._pos :]), 0, batch.records_count)
     except ValueError as error:
