@@ -63,7 +63,7 @@ def topics(settings: Settings, stream: str) -> registry.BrokerPlug:
         broker = open_events(url, create=create, partitions=settings.partitions)
         if isinstance(broker, PackedEvents):
             _check_partitions(broker, options.prefix, settings.partitions or 1)
-        return EventTopics(broker, Encoder(options), EnvelopeCodec(), prefix=options.prefix)
+        return EventTopics(broker, Encoder(options), EnvelopeCodec())
 
     return connect
 

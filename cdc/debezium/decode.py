@@ -101,7 +101,7 @@ class Decoder:
         """As :meth:`decode`, of many records in order; faster where they are like the one before."""
         return [self._alike(record) or self.decode(record) for record in records]
 
-    def _alike(self, record: StoredEvent) -> Event | None:
+    def _alike(self, record: StoredEvent) -> Event | None:  # noqa: PLR0911 - the hot path
         """A new row of the same table and transaction as the last one, in the same form; None for anything else."""
         place, _, key_bytes, value, _ = record
         last = self._last.get(place.topic)

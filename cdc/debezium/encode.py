@@ -92,6 +92,11 @@ class Encoder:
         self._wrap_boundary = wrap(TRANSACTION_KEY), wrap(TRANSACTION_VALUE)
         self._wrap_message = wrap(MESSAGE_KEY), wrap(message_schema(options.modes))
 
+    @property
+    def prefix(self) -> str:
+        """What the names of all topics begin with."""
+        return self._options.prefix
+
     def encode(self, batch: Batch, now_us: int) -> list[EventRecord]:
         """The records of a batch. ``now_us`` is the time of encoding, in microseconds since 1970-01-01 UTC.
 

@@ -33,13 +33,12 @@ class EventTopics:
         encoder: Encoder,
         codec: Codec,
         *,
-        prefix: str,
         now_us: Callable[[], int] = _now_us,
     ) -> None:
         self._broker = broker
         self._encoder = encoder
         self._codec = codec
-        self._place = Place(f"{prefix}.cdc", 0)
+        self._place = Place(f"{encoder.prefix}.cdc", 0)
         self._now_us = now_us
         self._end: int | None = None
         self._prepared: deque[tuple[Batch, list[EventRecord]]] = deque()

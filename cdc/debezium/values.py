@@ -218,7 +218,9 @@ def bytes_writer(modes: Modes) -> Write:
 # From text ------------------------------------------------------------------------------------------------------------
 
 
-def _text_writer(type_oid: int, of: Schema, types: Types, modes: Modes, modifier: int) -> WriteText:
+def _text_writer(  # noqa: PLR0911 - one for each kind of schema
+    type_oid: int, of: Schema, types: Types, modes: Modes, modifier: int
+) -> WriteText:
     base = _base(type_oid, types)
     known = BUILTIN.get(base) or types.get(base)
     if of["type"] == "array" and known is not None:

@@ -137,7 +137,7 @@ class Parsed(NamedTuple):
     headers: tuple[tuple[str, bytes], ...]
 
 
-def parse(body: bytes, at: int, count: int) -> list[Parsed]:
+def parse(body: bytes, at: int, count: int) -> list[Parsed]:  # noqa: C901, PLR0912 - calls cost more than the rest
     """The ``count`` records that begin at ``at`` and end with ``body``, which is inflated and whose checksum was right.
 
     :raises ValueError: there are fewer, or more, or they are malformed.
