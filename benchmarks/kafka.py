@@ -77,7 +77,7 @@ def main() -> None:
     ):
         for number in range(arguments.rounds):
             name = f"bench{os.getpid()}_{number}"
-            brokers = {"file": f"file://{directory}/{name}", "kafka": _kept_for_an_hour(arguments.kafka)}
+            brokers = {"file": f"file://{directory}/{name}", "kafka": kept_for_an_hour(arguments.kafka)}
             for server in (leader, follower):
                 sql(server.url(), f"CREATE DATABASE {name}")
             for result in _throughput(leader.url(name), follower, name, brokers):
@@ -88,7 +88,7 @@ def main() -> None:
                 print(json.dumps({"lag": kind, "linger_ms": linger_ms, **figures}), flush=True)
 
 
-def _kept_for_an_hour(url: str) -> str:
+def kept_for_an_hour(url: str) -> str:
     return f"{url}{'&' if '?' in url else '?'}retention-ms=3600000"
 
 
@@ -140,8 +140,8 @@ class _Line:
             self.bodies = _bodies(broker, self.stream, before)
         applied = self._apply()
         return {
-            **_figures("ship", rows, shipped),
-            **_figures("apply", rows, applied),
+            **figures("ship", rows, shipped),
+            **figures("apply", rows, applied),
             "topic_bytes_per_row": round(sum(map(len, self.bodies)) / rows, 1),
             "messages": len(self.bodies),
         }
@@ -153,7 +153,7 @@ class _Line:
         return cdc("apply", self.broker, self.target, "--stream", self.stream, "--until", "end")
 
 
-def _figures(verb: str, rows: int, cost: Cost) -> dict[str, object]:
+def figures(verb: str, rows: int, cost: Cost) -> dict[str, object]:
     return {
         f"{verb}_rows_per_s": round(rows / cost.wall_s),
         f"{verb}_s": round(cost.wall_s, 2),

@@ -17,7 +17,7 @@ from cdc.batcher import Batcher
 from cdc.decide import Applied, Verdict, advance, decide
 from cdc.errors import CdcError, ConfigurationError
 from cdc.imaging import ImageCopy, Place
-from cdc.ports import Applier, Broker, Codec, Progress, Report, Shipper
+from cdc.ports import Applier, Broker, Codec, Preparing, Progress, Report, Shipper
 from cdc.position import Position
 from cdc.record import (
     Batch,
@@ -190,7 +190,7 @@ class _Ship:
 
     def _stream(self, position: Position, target: Position | None) -> None:
         batcher = Batcher(self._options.stream, self._shipper.format, position)
-        with _Writer(self._append) as writer:
+        with _Writer(self._prepare, self._append) as writer:
             self._pump(batcher, writer, target)
             self._confirm(writer.wait())
 
@@ -225,6 +225,10 @@ class _Ship:
         for batch in batches:
             self._confirm(writer.write(batch))
 
+    def _prepare(self, batch: Batch) -> None:
+        if isinstance(self._broker, Preparing):
+            self._broker.prepare(batch)
+
     def _append(self, batch: Batch) -> None:
         self._broker.append(self._options.stream, [self._codec.encode(batch)])
 
@@ -249,7 +253,8 @@ class _Ship:
 class _Writer:
     """Appends one batch at a time beside the reading, so that what arrives meanwhile fills the next one."""
 
-    def __init__(self, append: Callable[[Batch], None]) -> None:
+    def __init__(self, prepare: Callable[[Batch], None], append: Callable[[Batch], None]) -> None:
+        self._prepare = prepare
         self._append = append
         self._pool = ThreadPoolExecutor(1, "cdc-append")
         self._batch: Batch | None = None
@@ -279,6 +284,7 @@ class _Writer:
 
     def write(self, batch: Batch) -> Batch | None:
         """Begin to write a batch, after the one before it, which is returned."""
+        self._prepare(batch)  # while the one before it may still be on its way
         before = self.wait()
         self._batch = batch
         self._future = self._pool.submit(self._append, batch)

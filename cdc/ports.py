@@ -6,7 +6,7 @@ Composition happens in :mod:`cdc.cli` alone. Third parties add an implementation
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 from cdc.position import Position
 from cdc.record import (
@@ -119,6 +119,18 @@ class Broker(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Preparing(Broker, Protocol):
+    """A broker that makes more of a batch than its bytes, and can do so while the batch before it is being written."""
+
+    def prepare(self, batch: Batch) -> None:
+        """Do ahead what can be: the next body that :meth:`append` gets and that was not prepared yet is this batch's.
+
+        :raises SchemaError: as :meth:`append` does.
+        """
+        ...
 
 
 class Applier(Protocol):

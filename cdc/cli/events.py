@@ -3,7 +3,7 @@
 import re
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any, Final, cast
 
@@ -18,7 +18,7 @@ from cdc.debezium.encode import Encoder, EventOptions
 from cdc.debezium.schema import Modes
 from cdc.debezium.topics import EventTopics
 from cdc.errors import UsageError
-from cdc.events import EventBroker, EventRecord, PackedEvents, Place, StoredEvent, partition_of, partitions_of
+from cdc.events import EventBroker, PackedEvents, Place, StoredEvent, partition_of, partitions_of
 from cdc.pipeline import retrying
 from cdc.ports import Broker, Follower, Progress
 from cdc.position import format_lsn
@@ -63,7 +63,7 @@ def topics(settings: Settings, stream: str) -> registry.BrokerPlug:
         broker = open_events(url, create=create, partitions=settings.partitions)
         if isinstance(broker, PackedEvents):
             _check_partitions(broker, options.prefix, settings.partitions or 1)
-        return EventTopics(broker, Encoder(options), EnvelopeCodec(), prefix=options.prefix)
+        return EventTopics(broker, Encoder(options), EnvelopeCodec())
 
     return connect
 
@@ -153,7 +153,7 @@ def follow(settings: Settings, options: EventApplyOptions, stop: threading.Event
                 watch.committed(events)
 
             follower = cast(Follower, _WatchedFollower(store.connect_follower(settings.follower), watch))
-            apply_events(_WatchedEvents(broker, watch), follower, options, stop=stop, progressed=committed)
+            apply_events(broker, follower, options, stop=stop, progressed=committed, fetched=watch.fetched)
 
     retrying(attempt, settings.retry_s, stop)
     if options.until_end and not stop.is_set():
@@ -218,31 +218,6 @@ class _Watch:
             count += lsn > self._counted_lsn
             self._counted_lsn = max(lsn, self._counted_lsn)
         return count
-
-
-class _WatchedEvents:
-    """A broker whose reader is watched."""
-
-    def __init__(self, broker: EventBroker, watch: _Watch) -> None:
-        self._broker = broker
-        self._watch = watch
-
-    def publish(self, records: Sequence[EventRecord]) -> None:
-        self._broker.publish(records)
-
-    def fetch(self, offsets: Mapping[Place, int], *, limit_bytes: int, wait_s: float) -> Sequence[StoredEvent]:
-        records = self._broker.fetch(offsets, limit_bytes=limit_bytes, wait_s=wait_s)
-        self._watch.fetched(records)
-        return records
-
-    def bounds(self, place: Place) -> tuple[int, int]:
-        return self._broker.bounds(place)
-
-    def places(self) -> Sequence[Place]:
-        return self._broker.places()
-
-    def close(self) -> None:
-        self._broker.close()
 
 
 class _WatchedFollower:

@@ -15,7 +15,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final, Literal
+from itertools import groupby, islice, repeat
+from operator import itemgetter
+from typing import Final, Literal, NamedTuple
 
 import cdc
 from cdc.debezium.schema import (
@@ -32,7 +34,17 @@ from cdc.debezium.schema import (
     key_schema,
     message_schema,
 )
-from cdc.debezium.values import Write, bytes_writer, compact, fallback, quoted, unavailable, writer
+from cdc.debezium.values import (
+    Write,
+    WriteAll,
+    bytes_writer,
+    column_writer,
+    compact,
+    fallback,
+    quoted,
+    unavailable,
+    writer,
+)
 from cdc.errors import DecodeError, SchemaError
 from cdc.events import EventRecord, Headers
 from cdc.record import NULL, UNCHANGED, Batch, Column, Kind, Relation, TransactionHead, Value
@@ -46,6 +58,7 @@ OLD_KEY: Final = "__debezium.oldkey"
 _NOT_OF_TOPICS: Final = re.compile(r"[^A-Za-z0-9._-]")
 _PRESENT: Final = bytes.maketrans(b"nu", b"bb")
 """Where a value is not there, its form does not matter."""
+_ALIKE_MIN: Final = 8  # inserts in a row from which on columns are written at once
 _BLOCK: Final = '{"id":%s,"total_order":%d,"data_collection_order":%d}'
 
 
@@ -78,6 +91,11 @@ class Encoder:
         self._wrap_heartbeat = wrap(HEARTBEAT_KEY), wrap(HEARTBEAT_VALUE)
         self._wrap_boundary = wrap(TRANSACTION_KEY), wrap(TRANSACTION_VALUE)
         self._wrap_message = wrap(MESSAGE_KEY), wrap(message_schema(options.modes))
+
+    @property
+    def prefix(self) -> str:
+        """What the names of all topics begin with."""
+        return self._options.prefix
 
     def encode(self, batch: Batch, now_us: int) -> list[EventRecord]:
         """The records of a batch. ``now_us`` is the time of encoding, in microseconds since 1970-01-01 UTC.
@@ -121,19 +139,19 @@ class Encoder:
         forms = (b"b" if head.form == "binary" else b"t") * table.width
         rows = list(copy.rows(batch.body, head.form))
         markers = self._image.markers(batch, len(rows))
-        records = []
-        for row, marker in zip(rows, markers, strict=True):
+        records: list[EventRecord] = []
+        for marker, group in groupby(zip(markers, rows, strict=True), itemgetter(0)):
             source = _source(
                 self._options.prefix, batch, table, marker, us=now_us, lsn=head.lsn, xid=None, previous=None
             )
-            around = _Around(source, "null", stamps)
-            records.append(table.record(table.key(row, forms), "null", table.row(row, forms), "r", around))
+            columns = list(zip(*[row for _, row in group], strict=True))
+            records += table.records(columns, forms, "r", _Around(source, "null", stamps))
         return records
 
     # The log.
 
     def _log(self, batch: Batch, stamps: str) -> Iterator[EventRecord]:
-        relations = {relation.id: relation for relation in batch.relations}
+        log = _Log(batch, {relation.id: relation for relation in batch.relations}, stamps)
         previous = batch.previous.lsn
         number = at = 0
         for head in batch.transactions:
@@ -141,19 +159,62 @@ class Encoder:
             if opened is None or batch.fragment is None or batch.fragment.number == 0:
                 opened = self._open = _Open(head, previous)
                 yield from self._boundary(opened, "BEGIN")
-            for length in batch.lengths[number : number + head.messages]:
-                message = batch.body[at : at + length]
-                yield from self._message(batch, relations, opened, message, stamps)
-                at += length
+            lengths = batch.lengths[number : number + head.messages]
+            size = sum(lengths)
+            yield from self._messages(log, opened, batch.body[at : at + size], lengths)
+            at += size
             number += head.messages
             previous = head.lsn
             if batch.fragment is None or batch.fragment.last:
                 yield from self._boundary(opened, "END")
                 self._open = None
 
+    def _messages(
+        self,
+        log: "_Log",
+        opened: "_Open",
+        body: bytes,
+        lengths: Sequence[int],
+    ) -> Iterator[EventRecord]:
+        number = at = 0
+        while number < len(lengths):
+            alike = _inserts_alike(body, at, lengths, number)
+            if alike >= _ALIKE_MIN:
+                pieces: list[bytes] = []
+                end = at + sum(lengths[number : number + alike])
+                done, size = pgoutput.copy_inserts(body[at:end], 0, lengths[number : number + alike], 0, pieces)
+                if done:
+                    yield from self._inserted(log, opened, body[at + 1 : at + 5], pieces)
+                number, at, alike = number + done, at + size, alike - done
+            for length in lengths[number : number + alike]:
+                yield from self._message(log.batch, log.relations, opened, body[at : at + length], log.stamps)
+                at += length
+            number += alike
+
+    def _inserted(
+        self,
+        log: "_Log",
+        opened: "_Open",
+        relation: bytes,
+        pieces: Sequence[bytes],
+    ) -> list[EventRecord]:
+        """Events of rows in the form of :func:`pgoutput.copy_inserts`: the number of columns, then each one's value."""
+        table = self._named(log.relations, int.from_bytes(relation))
+        width = int.from_bytes(pieces[0])
+        if width != table.width:
+            raise DecodeError(f"a row of {width} columns for {table.relation.label}, which has {table.width}")
+        columns = [pieces[1 + index :: 1 + width] for index in range(width)]
+        count = len(pieces) // (1 + width)
+        source = self._source_of(log.batch, table, opened)
+        orders = opened.count_all(table.relation.label, count)
+        block = opened.block if self._options.transactions else "null"
+        return table.records(
+            columns, b"b" * width, "c", _Around(source, block, log.stamps), orders if self._options.transactions else ()
+        )
+
     def _boundary(self, opened: "_Open", status: Literal["BEGIN", "END"]) -> Iterator[EventRecord]:
-        if not self._options.transactions:
-            return
+        if not self._options.transactions or not opened.head.xid:
+            return  # a message outside of all transactions has no xid
         counts = 'null,"data_collections":null'
         if status == "END":
             told = [{"data_collection": name, "event_count": count} for name, count in opened.counts.items()]
@@ -192,6 +253,13 @@ class Encoder:
     def _around(self, batch: Batch, table: "_Table", opened: "_Open", stamps: str) -> "_Around":
         """What stands around one more event of that transaction."""
         order = opened.count(table.relation.label)
+        source = self._source_of(batch, table, opened)
+        block = "null"
+        if self._options.transactions:
+            block = _BLOCK % (opened.id, opened.total, order)
+        return _Around(source, block, stamps)
+
+    def _source_of(self, batch: Batch, table: "_Table", opened: "_Open") -> str:
         source = opened.sources.get(table.relation.id)
         if source is None:
             head = opened.head
@@ -206,10 +274,7 @@ class Encoder:
                 previous=opened.previous,
                 origin=opened.origin,
             )
-        block = "null"
-        if self._options.transactions:
-            block = _BLOCK % (opened.id, opened.total, order)
-        return _Around(source, block, stamps)
+        return source
 
     def _change(
         self, table: "_Table", change: pgoutput.Change, around: Callable[[], "_Around"]
@@ -246,7 +311,7 @@ class Encoder:
         old = table.before(before, change.forms, full=change.before_kind == "O")
         yield table.record(key, old, "null", "d", around())._replace(headers=headers)
         if self._options.tombstones and key is not None:
-            yield EventRecord(table.topic, key, None)
+            yield EventRecord(table.topic, key, None, headers)
 
     def _logical_message(
         self, batch: Batch, opened: "_Open", message: pgoutput.LogicalMessage, stamps: str
@@ -278,6 +343,14 @@ class Encoder:
         return EventRecord(f"{self._options.prefix}.message", key, value)
 
 
+class _Log(NamedTuple):
+    """A batch of the log being encoded."""
+
+    batch: Batch
+    relations: dict[int, Relation]
+    stamps: str
+
+
 class _Open:
     """A transaction whose end was not encoded yet."""
 
@@ -289,6 +362,18 @@ class _Open:
         self.counts: Counter[str] = Counter()
         self.sources: dict[int, str] = {}
         self.origin = 'null,"origin_lsn":null'
+
+    @property
+    def block(self) -> str:
+        """The transaction block without the two orders, where it stands in a template."""
+        return _BLOCK.replace("%s", self.id.replace("%", "%%"), 1)
+
+    def count_all(self, label: str, events: int) -> tuple[range, range]:
+        """Count that many events at once: their places in the transaction, and in what it did to their table."""
+        total, own = self.total + 1, self.counts[label] + 1
+        self.total += events
+        self.counts[label] += events
+        return range(total, total + events), range(own, own + events)
 
     def count(self, label: str) -> int:
         self.total += 1
@@ -330,12 +415,34 @@ def _source(
     )
 
 
+def _ends(of: Schema, *, schemas: bool) -> tuple[bytes, bytes]:
+    """What stands before and behind a payload of that schema."""
+    return (f'{{"schema":{compact(of)},"payload":'.encode(), b"}") if schemas else (b"", b"")
+
+
 def _around(of: Schema, *, schemas: bool) -> Callable[[str], bytes]:
     """How a payload of that schema becomes bytes."""
-    if not schemas:
-        return str.encode
-    head = f'{{"schema":{compact(of)},"payload":'
-    return lambda payload: f"{head}{payload}}}".encode()
+    head, tail = _ends(of, schemas=schemas)
+    return lambda payload: b"".join((head, payload.encode(), tail))
+
+
+def _literal(text: bytes) -> bytes:
+    """As it stands in a template."""
+    return text.replace(b"%", b"%%")
+
+
+def _inserts_alike(body: bytes, at: int, lengths: Sequence[int], first: int) -> int:
+    """How many messages from the ``first``-th on, which begins at ``at``, are Inserts into one relation; 1 at least."""
+    prefix = body[at : at + 5]
+    if prefix[:1] != b"I":
+        return 1
+    number = first
+    for length in islice(lengths, first, None):
+        if body[at : at + 5] != prefix:
+            break
+        at += length
+        number += 1
+    return max(1, number - first)
 
 
 class _Table:
@@ -343,19 +450,20 @@ class _Table:
 
     def __init__(self, relation: Relation, options: EventOptions) -> None:
         self.relation = relation
-        self._name = f"{options.prefix}.{relation.label}"
-        self.topic = _NOT_OF_TOPICS.sub("_", self._name)
+        self.topic = _NOT_OF_TOPICS.sub("_", f"{options.prefix}.{relation.label}")
         self.width = len(relation.columns)
         self._modes = options.modes
         self._types = {description.oid: description for description in relation.types}
         self._fields = [column_field(column, self._types, options.modes) for column in relation.columns]
         self._keyed = key_columns(relation)
         key_fields = [self._fields[index] for index in self._keyed]
-        self._wrap_key = _around(key_schema(self._name, key_fields), schemas=options.schemas)
-        self._wrap = _around(envelope_schema(self._name, self._fields), schemas=options.schemas)
+        key_ends = key_schema(self.topic, key_fields), envelope_schema(self.topic, self._fields)
+        self._key_ends, self._value_ends = (_ends(of, schemas=options.schemas) for of in key_ends)
+        self._wrap_key, self._wrap = (_around(of, schemas=options.schemas) for of in key_ends)
         self._row_template = _template(self._fields)
         self._key_template = _template(key_fields)
         self._writers: dict[bytes, list[Write]] = {}
+        self._column_writers: dict[bytes, list[WriteAll]] = {}
 
     def key(self, row: Image, forms: bytes) -> bytes | None:
         """The record's key; None where the table has none."""
@@ -363,14 +471,17 @@ class _Table:
             return None
         values = [row[index] for index in self._keyed]
         if UNCHANGED in values or NULL in values:
-            names = ", ".join(self.relation.columns[index].name for index in self._keyed)
-            raise SchemaError(
-                f"a change of {self.relation.label} does not carry its key ({names})",
-                remedy=f'ALTER TABLE "{self.relation.schema}"."{self.relation.name}" REPLICA IDENTITY DEFAULT',
-            )
+            raise self._keyless()
         write = self._writing(forms)
         return self._wrap_key(
             self._key_template % tuple([write[index](row[index][4:]) for index in self._keyed])  # type: ignore[index]
+        )
+
+    def _keyless(self) -> SchemaError:
+        names = ", ".join(self.relation.columns[index].name for index in self._keyed)
+        return SchemaError(
+            f"a change of {self.relation.label} does not carry its key ({names})",
+            remedy=f'ALTER TABLE "{self.relation.schema}"."{self.relation.name}" REPLICA IDENTITY DEFAULT',
         )
 
     def row(self, row: Image, forms: bytes) -> str:
@@ -423,6 +534,48 @@ class _Table:
             f'"op":"{op}",{around.stamps}}}'
         )
         return EventRecord(self.topic, key, self._wrap(payload))
+
+    def records(
+        self,
+        columns: Sequence[Sequence[bytes]],
+        forms: bytes,
+        op: Literal["c", "r"],
+        around: _Around,
+        orders: Sequence[Sequence[int]] = (),
+    ) -> list[EventRecord]:
+        """Events of many new rows, given column by column. ``around.transaction`` is a template for ``orders``."""
+        shown = [write(column) for write, column in zip(self._writing_columns(forms), columns, strict=True)]
+        if not shown:
+            raise DecodeError(f"rows without columns of {self.relation.label}")
+        head, tail = self._value_ends
+        row, source, stamps = self._row_template.encode(), around.source.encode(), around.stamps.encode()
+        shape = (
+            _literal(head + b'{"before":null,"after":')
+            + row
+            + _literal(b',"source":' + source + b',"transaction":')
+            + around.transaction.encode()
+            + _literal(b',"op":"%c",' % op.encode() + stamps + b"}" + tail)
+        )
+        values = [shape % told for told in zip(*shown, *orders, strict=True)]
+        return list(map(EventRecord, repeat(self.topic), self._keys(columns, shown), values))
+
+    def _keys(self, columns: Sequence[Sequence[bytes]], shown: Sequence[Sequence[bytes]]) -> Iterable[bytes | None]:
+        if not self._keyed:
+            return repeat(None)
+        if any(NULL in columns[index] for index in self._keyed):
+            raise self._keyless()
+        head, tail = self._key_ends
+        shape = _literal(head) + self._key_template.encode() + _literal(tail)
+        return [shape % told for told in zip(*[shown[index] for index in self._keyed], strict=True)]
+
+    def _writing_columns(self, forms: bytes) -> list[WriteAll]:
+        known = self._column_writers.get(forms)
+        if known is None:
+            known = self._column_writers[forms] = [
+                column_writer(column, chr(form), self._types, write)
+                for column, form, write in zip(self.relation.columns, forms, self._writing(forms), strict=True)
+            ]
+        return known
 
     def _writing(self, forms: bytes) -> list[Write]:
         forms = forms.translate(_PRESENT)

@@ -323,6 +323,7 @@ TRANSACTION_VALUE: Final = schema(
                 items=schema(
                     "struct",
                     "event.collection",
+                    optional=True,
                     fields=[*_required("string", "data_collection"), *_required("int64", "event_count")],
                 ),
             ),
@@ -350,6 +351,6 @@ def message_schema(modes: Modes) -> Schema:
             *_optional("int64", "ts_ms"),
             field("source", SOURCE),
             field("transaction", BLOCK),
-            field("message", message, optional=True),
+            field("message", message),
         ],
     )

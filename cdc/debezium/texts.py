@@ -6,16 +6,19 @@ What comes in was written by somebody else: every value is checked for its type 
 import json
 import re
 from base64 import b64decode, urlsafe_b64decode
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, Final
 
 from cdc.debezium import times
 from cdc.debezium.schema import Modes, Schema
 from cdc.errors import DecodeError
+from cdc.record import NULL
 
 Read = Callable[[Any], str]
 """A parsed JSON value that is not null to PostgreSQL's text."""
+ReadAll = Callable[[Sequence[Any]], list[bytes]]
+"""Parsed JSON values of one field, null among them, to PostgreSQL's text behind its length, or NULL."""
 
 _FINITE_LIMIT_US: Final = 9_223_372_036_800_000_000  # beyond it Debezium's two numbers mean infinity
 _SCALE_MAX: Final = 16_383
@@ -42,6 +45,37 @@ def reader(of: Schema, modes: Modes, declared: str = "") -> Read:
             raise DecodeError(f"field {label!r}: {shown} is no {of.get('name') or of['type']}: {error}") from error
 
     return guarded
+
+
+def column_reader(of: Schema, declared: str, read: Read) -> ReadAll:
+    """How to read many values of a field at once; ``read`` is how to read one (:func:`reader`)."""
+    plain = not of.get("name") and not declared.startswith(("bit", "bytea", "blob", "BLOB", "hstore"))
+    limit = _INTEGERS.get(of["type"]) if plain else None
+    is_text = plain and of["type"] == "string"
+
+    def read_all(values: Sequence[Any]) -> list[bytes]:
+        kinds = set(map(type, values))
+        if kinds == {int} and limit is not None and -limit <= min(values) and max(values) < limit:
+            return [_behind(b"%d" % value) for value in values]
+        if kinds == {str} and is_text and "\0" not in (joined := "".join(values)) and joined.isascii():
+            return [_behind(value.encode()) for value in values]
+        if kinds <= {str, _NONE} or kinds <= {int, _NONE}:
+            # Columns repeat themselves; values of one such type that are equal are the same.
+            read_one = {value: NULL if value is None else _behind(read(value).encode()) for value in set(values)}
+            return list(map(read_one.__getitem__, values))
+        return [NULL if value is None else _behind(read(value).encode()) for value in values]
+
+    return read_all
+
+
+_NONE: Final = type(None)
+_INTEGERS: Final[Mapping[str, int]] = {f"int{bits}": 1 << bits - 1 for bits in (8, 16, 32, 64)}
+_LENGTHS: Final = [size.to_bytes(4) for size in range(256)]
+
+
+def _behind(text: bytes) -> bytes:
+    size = len(text)
+    return (_LENGTHS[size] if size < 256 else size.to_bytes(4)) + text
 
 
 def _reader(of: Schema, modes: Modes, declared: str) -> Read:  # noqa: PLR0911 - one for each kind of schema
@@ -224,6 +258,17 @@ def _hstore_quoted(value: Any) -> str:
     return '"' + _string(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
+UNKNOWN: Final = "unknown"
+"""Names the schema of a field that came without one and whose type on the follower is not built in: an enum, or a
+domain of who knows what."""
+
+
+def _anything(value: Any) -> str:
+    if type(value) is bool:
+        return _boolean(value)
+    return _string(value) if type(value) is str else _number(value)
+
+
 _IO: Final = "io.debezium.time."
 _CONNECT: Final = "org.apache.kafka.connect.data."
 
@@ -245,6 +290,7 @@ _BY_NAME: Final[Mapping[str, Read]] = {
     _IO + "ZonedTime": _iso_time("+00"),
     _IO + "MicroDuration": lambda value: f"{_exactly(int, value)} microseconds",
     _IO + "Interval": lambda value: times.interval_of_iso(_exactly(str, value)),
+    UNKNOWN: _anything,
     "io.debezium.data.VariableScaleDecimal": _variable_scale,
     "io.debezium.data.geometry.Point": _point,
 }

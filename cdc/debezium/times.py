@@ -101,10 +101,14 @@ def iso_date(days_: int) -> str:
     return f"{shown}-{month:02}-{day:02}"
 
 
-def iso_timestamp(us: int) -> str:
-    """``2020-01-01T13:51:30.123456Z``."""
+def iso_timestamp(us: int, digits: int | None = None) -> str:
+    """``2020-01-01T13:51:30.123456Z``, with so many ``digits`` of a second, or with as many as it takes."""
     day, rest = divmod(us, DAY_US)
-    return f"{iso_date(day)}T{clock_text(rest)}Z"
+    clock = clock_text(rest)
+    if digits:
+        whole, _, fraction = clock.partition(".")
+        clock = f"{whole}.{fraction.ljust(digits, '0')}"
+    return f"{iso_date(day)}T{clock}Z"
 
 
 def iso_time_utc(text: str) -> str:

@@ -10,6 +10,7 @@ That topic may be compacted: its keys keep the last position, and every finished
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -32,26 +33,35 @@ class EventTopics:
         encoder: Encoder,
         codec: Codec,
         *,
-        prefix: str,
         now_us: Callable[[], int] = _now_us,
     ) -> None:
         self._broker = broker
         self._encoder = encoder
         self._codec = codec
-        self._place = Place(f"{prefix}.cdc", 0)
+        self._place = Place(f"{encoder.prefix}.cdc", 0)
         self._now_us = now_us
+        self._end: int | None = None
+        self._prepared: deque[tuple[Batch, list[EventRecord]]] = deque()
 
     def append(self, topic: str, bodies: Sequence[bytes]) -> int:  # noqa: ARG002 - the prefix names the topics
         """
         :raises SchemaError: a value the event format cannot carry; nothing of its batch was published.
         """
         for body in bodies:
-            batch = self._codec.decode(body)
-            if records := self._encoder.encode(batch, self._now_us()):
+            if not self._prepared:
+                self.prepare(self._codec.decode(body))
+            batch, records = self._prepared.popleft()
+            if records:
                 self._broker.publish(records)
             told = EventRecord(self._place.topic, _key(batch), self._codec.encode(_without_body(batch)), (), 0)
             self._broker.publish([told])
-        return self._broker.bounds(self._place)[1] - len(bodies)
+        # Asking each time would take as long as writing does; we are the only one to write there.
+        self._end = self._broker.bounds(self._place)[1] if self._end is None else self._end + len(bodies)
+        return self._end - len(bodies)
+
+    def prepare(self, batch: Batch) -> None:
+        """See :class:`cdc.ports.Preparing`."""
+        self._prepared.append((batch, self._encoder.encode(batch, self._now_us())))
 
     def read(self, topic: str, offset: int, *, limit_bytes: int, wait_s: float) -> Sequence[Message]:  # noqa: ARG002
         found = self._broker.fetch({self._place: offset}, limit_bytes=limit_bytes, wait_s=wait_s)

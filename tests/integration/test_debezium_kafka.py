@@ -81,7 +81,7 @@ def test_a_leader_through_kafka(
         codec = EnvelopeCodec()
         ship(
             lambda: LogicalShipper.open(leader.url, Options("pub", leader.slot)),
-            lambda: EventTopics(connect(url), Encoder(leader.options), codec, prefix="p"),
+            lambda: EventTopics(connect(url), Encoder(leader.options), codec),
             codec,
             ShipOptions("s", until_lsn="now", retry_s=5, linger_s=0.002),
             stop=threading.Event(),

@@ -92,7 +92,7 @@ class Leader:
         codec = EnvelopeCodec()
         ship(
             lambda: LogicalShipper.open(self.url, Options("pub", self.slot)),
-            lambda: EventTopics(faulty(self.broker()), Encoder(self.options), codec, prefix="p"),
+            lambda: EventTopics(faulty(self.broker()), Encoder(self.options), codec),
             codec,
             ShipOptions("s", until_lsn="now", retry_s=5, linger_s=0.002),
             stop=threading.Event(),

@@ -13,7 +13,7 @@ from cdc.debezium.assemble import Assembler, Unit
 from cdc.debezium.decode import OTHER, Boundary, Decoder, Event, Table
 from cdc.debezium.encode import Encoder, EventOptions
 from cdc.debezium.schema import Modes
-from cdc.errors import ConfigurationError, DecodeError, SchemaError
+from cdc.errors import ConfigurationError, DecodeError, GapError, SchemaError
 from cdc.events import PackedEvents, Place, StoredEvent, murmur2, pack, partition_of, unpack
 from cdc.position import Position
 from cdc.record import NULL, UNCHANGED
@@ -134,7 +134,7 @@ def test_rows_that_are_not_of_their_shape() -> None:
         with pytest.raises(DecodeError):
             table.key(key)
     with pytest.raises(DecodeError, match="names 'other'"):
-        Table(Event(**{**{f: getattr(event, f) for f in event.__dataclass_fields__}, "key": {"other": 1}}),
+        Table(event._replace(key={"other": 1}),
               {"id": "integer", "first_name": "text", "last_name": "text"}, Modes())  # fmt: skip
 
 
@@ -240,6 +240,43 @@ def test_memory_is_bounded() -> None:
     feed.add(LEFT, event("1", 3))
     with pytest.raises(ConfigurationError, match="30 bytes of events wait"):
         feed.units()
+
+
+def begin(xid: str, lsn: int) -> Boundary:
+    return Boundary(xid, lsn, False, {})
+
+
+def test_a_large_transaction_comes_in_parts() -> None:
+    feed = Feed(held_bytes=15).add(TOLD, begin("1", 10)).add(LEFT, event("1", 1), event("1", 3))
+    (part,) = feed.assembler.units()
+    assert part == Unit([event("1", 1)], {LEFT: 1}, None, open=True)
+    assert feed.assembler.is_open
+    feed.add(RIGHT, event("1", 2))
+    assert feed.units() == [([("1", 2), ("1", 3)], None)]
+    feed.add(LEFT, event("1", 4)).add(TOLD, end("1", 10, 4))
+    (rest,) = feed.assembler.units()
+    assert rest == Unit([event("1", 4)], {LEFT: 3, TOLD: 2}, 10)
+    assert not feed.assembler.is_open
+
+
+def test_parts_told_again_are_left_out() -> None:
+    feed = Feed(held_bytes=5).add(TOLD, begin("1", 10)).add(LEFT, event("1", 1), event("1", 2))
+    assert feed.units() == [([("1", 1), ("1", 2)], None)]
+    # The shipper was killed, and tells the transaction from its beginning.
+    feed.add(TOLD, begin("1", 10)).add(LEFT, event("1", 1), event("1", 2), event("1", 3)).add(TOLD, end("1", 10, 3))
+    assert feed.units() == [([("1", 3)], 10)]
+
+
+def test_what_was_applied_is_not_told_in_parts() -> None:
+    feed = Feed(applied_lsn=10, held_bytes=5).add(TOLD, begin("1", 10)).add(LEFT, event("1", 1), event("1", 2))
+    assert feed.units() == []
+
+
+def test_a_transaction_that_was_told_in_part_must_end() -> None:
+    feed = Feed(held_bytes=5).add(TOLD, begin("1", 10)).add(LEFT, event("1", 1))
+    assert feed.units() == [([("1", 1)], None)]
+    with pytest.raises(GapError, match="only a part was told"):
+        feed.add(TOLD, end("2", 20, 0)).units()
 
 
 @pytest.mark.parametrize("seed", range(200))

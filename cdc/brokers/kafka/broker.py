@@ -229,7 +229,7 @@ class KafkaBroker:
                     raise UnavailableError(f"topic {topic!r} was created, but {self.target.label} does not know it yet")
             state = self._topics[name]
             if not state.message_bytes_max:
-                state = self._topics[name] = state._replace(message_bytes_max=self._message_bytes_max(name))
+                state = self._topics[name] = state._replace(message_bytes_max=self.message_bytes_max(name))
             return state
 
     def _create_topic(self, topic: str, name: str) -> None:
@@ -258,7 +258,7 @@ class KafkaBroker:
                 f"cannot create topic {topic!r}: {words(error)}", remedy="set ?replicas=, or create the topic yourself"
             ) from error
 
-    def _message_bytes_max(self, name: str) -> int:
+    def message_bytes_max(self, name: str) -> int:
         """The topic's ``max.message.bytes``, Kafka's default where we may not ask."""
         admin = library("admin")
         try:

@@ -11,21 +11,24 @@ any of them may be there: whoever publishes does so again, and readers tell even
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from urllib.parse import parse_qsl, urlencode
 
 from cdc.brokers.kafka.broker import EARLIEST, LATEST, MESSAGE_BYTES_MAX, KafkaBroker
 from cdc.brokers.kafka.client import CONSUMER, PRODUCER, connect_client, end_producer, library, translated, words
-from cdc.brokers.kafka.inflate import INFLATED_BYTES_MAX, inflating
+from cdc.brokers.kafka.fetching import by_batches
+from cdc.brokers.kafka.framing import Bare, frame
+from cdc.brokers.kafka.inflate import INFLATED_BYTES_MAX, InflatedError, inflating
+from cdc.brokers.kafka.sending import Sending, whole_batches
 from cdc.brokers.kafka.target import parse
-from cdc.errors import CdcError, ConfigurationError, OutcomeUnknownError, UnavailableError, UsageError
-from cdc.events import EventRecord, Place, StoredEvent, partition_of, partitions_of
+from cdc.errors import ConfigurationError, DecodeError, OutcomeUnknownError, UnavailableError, UsageError
+from cdc.events import EventRecord, Headers, Place, StoredEvent, partition_of, partitions_of
 
-_BATCH_BYTES: Final = 900_000  # below what any topic takes unless it was made to take less
-_FLUSH_RECORDS: Final = 20_000  # sent before we wait for them
-_FETCH_RECORDS: Final = 5_000
+_BATCH_BYTES: Final = 4 << 20
+_RECORD_OVERHEAD_BYTES: Final = 128  # of a batch and its only record, without headers
+_FETCH_BATCHES: Final = 64
 _ARRIVAL_S: Final = 15.0
 _SLICE_S: Final = 0.1
 
@@ -52,9 +55,10 @@ class KafkaEvents:
         self._kafka = broker
         self._partitions = partitions
         self._create = create
-        self._counts: dict[str, int] = {}
+        self._topics: dict[str, _Topic] = {}
         self._producer: Any = None
         self._consumer: Any = None
+        self._batches_max = _FETCH_BATCHES
         self._stands: dict[Place, int] = {}
 
     def publish(self, records: Sequence[EventRecord]) -> None:
@@ -66,41 +70,45 @@ class KafkaEvents:
             raise UsageError(f"{self._kafka.target.label} was opened for reading", remedy="open it with create=True")
         doing = f"cannot publish {len(records)} events"
         with translated(self._kafka.target, doing):
-            counts = {topic: self._count(topic) for topic in {record.topic for record in records}}
+            batches = self._framed(records)
             if self._producer is None:
-                settings = {**PRODUCER, "batch_size": _BATCH_BYTES}
-                self._producer = connect_client(self._kafka.target, "KafkaProducer", settings)
+                self._producer = whole_batches(connect_client(self._kafka.target, "KafkaProducer", PRODUCER))
+        sending = Sending(self._producer, self._kafka.target.timeout_s)
         try:
-            for at in range(0, len(records), _FLUSH_RECORDS):
-                self._send(records[at : at + _FLUSH_RECORDS], counts)
+            for place, bare in batches:
+                sending.send(self._kafka.target.prefix + place.topic, place.partition, bare)
+            sending.wait()
         except Exception as error:
             self._drop_producer()
-            if isinstance(error, CdcError):
-                raise
             if isinstance(error, library("errors").MessageSizeTooLargeError):
-                raise ConfigurationError(
-                    f"{doing}: one is larger than its topic takes", remedy="raise the topic's max.message.bytes"
-                ) from error
+                self._topics.clear()  # the limit was lowered: ask again
+                raise _too_large(doing) from error
             raise OutcomeUnknownError(f"{doing}: {words(error)}") from error
 
-    def _send(self, records: Sequence[EventRecord], counts: Mapping[str, int]) -> None:
-        prefix = self._kafka.target.prefix
-        futures = []
-        for topic, key, value, headers, partition in records:
-            chosen = partition_of(key, counts[topic]) if partition is None else partition
-            futures.append(
-                self._producer.send(prefix + topic, value=value, key=key, headers=list(headers), partition=chosen)
-            )
-        self._producer.flush(self._kafka.target.timeout_s)
-        for future in futures:
-            future.get(0)
+    def _framed(self, records: Sequence[EventRecord]) -> Iterator[tuple[Place, Bare]]:
+        """The records in batches, each partition's in order, put together as they are asked for.
 
-    def _count(self, topic: str) -> int:
-        """How many partitions a topic has, which is created where it is not there."""
-        known = self._counts.get(topic)
+        :raises ConfigurationError: a record is larger than its topic takes; nothing was published.
+        """
+        by_place = _by_place(records, {topic: self._topic(topic).partitions for topic in {each[0] for each in records}})
+        for place, content in by_place.items():
+            limit = self._topic(place.topic).message_bytes_max
+            suspects = [each for each in content if each[2] or len(each[0] or b"") + len(each[1] or b"") > limit // 2]
+            if any(_size(*each) > limit for each in suspects):
+                raise _too_large(f"cannot publish an event to {place}")
+        return (
+            (place, bare)
+            for place, content in by_place.items()
+            for bare in frame(content, min(_BATCH_BYTES, self._topic(place.topic).message_bytes_max))
+        )
+
+    def _topic(self, topic: str) -> "_Topic":
+        """What we must know of a topic, which is created where it is not there."""
+        known = self._topics.get(topic)
         if known is None:
-            known = self._described(topic) or self._made(topic)
-            self._counts[topic] = known
+            partitions = self._described(topic) or self._made(topic)
+            limit = self._kafka.message_bytes_max(self._kafka.target.prefix + topic)
+            known = self._topics[topic] = _Topic(partitions, limit)
         return known
 
     def _described(self, topic: str) -> int:
@@ -129,22 +137,54 @@ class KafkaEvents:
             return self._described(topic)
         return wanted
 
-    def fetch(self, offsets: Mapping[Place, int], *, limit_bytes: int, wait_s: float) -> Sequence[StoredEvent]:  # noqa: ARG002
-        """At most 8 MiB at once, as Kafka sends it, whatever ``limit_bytes`` says."""
+    def fetch(self, offsets: Mapping[Place, int], *, limit_bytes: int, wait_s: float) -> Sequence[StoredEvent]:
+        """
+        :raises DecodeError: a batch fails its checksum, is malformed, or inflates beyond 64 MiB.
+        """
         if not offsets:
             return []
-        with translated(self._kafka.target, "cannot read events"), inflating(INFLATED_BYTES_MAX):
-            if self._consumer is None:
-                self._consumer = connect_client(self._kafka.target, "KafkaConsumer", CONSUMER)
-            self._stand(offsets)
-            deadline = time.monotonic() + _ARRIVAL_S
-            while not (came := self._consumer.poll(timeout_ms=int(wait_s * 1000), max_records=_FETCH_RECORDS)):
-                if not self._is_behind(offsets):
-                    return []
-                if time.monotonic() > deadline:
-                    raise UnavailableError(f"{self._kafka.target.label} has events, but sends none")
-                wait_s = _SLICE_S
-        return [self._stored(record) for records in came.values() for record in records]
+        with translated(self._kafka.target, "cannot read events"):
+            try:
+                return self._fetched(offsets, limit_bytes, wait_s)
+            except InflatedError as error:
+                self._drop_consumer()  # one that failed is of no more use
+                if self._batches_max == 1:
+                    places = ", ".join(f"{place} at or behind offset {at}" for place, at in offsets.items())
+                    raise DecodeError(
+                        f"a batch of {places} {error}",
+                        remedy="whoever writes the topic must compress less at once",
+                    ) from error
+                self._batches_max = 1  # several were too large together
+        return self.fetch(offsets, limit_bytes=limit_bytes, wait_s=wait_s)
+
+    def _fetched(self, offsets: Mapping[Place, int], limit_bytes: int, wait_s: float) -> list[StoredEvent]:
+        if self._consumer is None:
+            self._consumer = by_batches(connect_client(self._kafka.target, "KafkaConsumer", CONSUMER))
+        self._stand(offsets)
+        deadline = time.monotonic() + _ARRIVAL_S
+        while not (events := self._polled(wait_s)):
+            if not self._is_behind(offsets):
+                return []
+            if time.monotonic() > deadline:
+                raise UnavailableError(f"{self._kafka.target.label} has events, but sends none")
+            wait_s = _SLICE_S
+        size = _weight(events)
+        while size < limit_bytes and (more := self._polled(0)):
+            events += more
+            size += _weight(more)
+        return events
+
+    def _polled(self, wait_s: float) -> list[StoredEvent]:
+        with inflating(INFLATED_BYTES_MAX):
+            came = self._consumer.poll(timeout_ms=int(wait_s * 1000), max_records=self._batches_max)
+        events: list[StoredEvent] = []
+        for partition, batches in came.items():
+            place = Place(partition.topic.removeprefix(self._kafka.target.prefix), partition.partition)
+            for last, base, first, records in batches:
+                self._stands[place] = last + 1
+                new = [StoredEvent(place, base + delta, *content) for delta, *content in records]
+                events += new if first <= base else [event for event in new if event.offset >= first]
+        return events
 
     def _is_behind(self, offsets: Mapping[Place, int]) -> bool:
         """Is there anything to read that did not come yet? What was compacted away is not."""
@@ -161,12 +201,6 @@ class KafkaEvents:
             if self._stands.get(place) != offset:
                 self._consumer.seek(self._partition(place), offset)
                 self._stands[place] = offset
-
-    def _stored(self, record: Any) -> StoredEvent:
-        place = Place(record.topic.removeprefix(self._kafka.target.prefix), record.partition)
-        self._stands[place] = record.offset + 1
-        headers = tuple((name, bytes(value or b"")) for name, value in record.headers)
-        return StoredEvent(place, record.offset, record.key, record.value, headers)
 
     def _partition(self, place: Place) -> Any:
         return library("structs").TopicPartition(self._kafka.target.prefix + place.topic, place.partition)
@@ -196,13 +230,51 @@ class KafkaEvents:
 
     def close(self) -> None:
         self._drop_producer()
-        if self._consumer is not None:
-            self._consumer.close()
-            self._consumer = None
+        self._drop_consumer()
         with closing(self._kafka):
             pass
+
+    def _drop_consumer(self) -> None:
+        consumer, self._consumer = self._consumer, None
+        self._stands = {}
+        if consumer is not None:
+            consumer.close()
 
     def _drop_producer(self) -> None:
         producer, self._producer = self._producer, None
         if producer is not None:
             end_producer(producer)
+
+
+class _Topic(NamedTuple):
+    partitions: int
+    message_bytes_max: int
+
+
+def _by_place(
+    records: Sequence[EventRecord], counts: Mapping[str, int]
+) -> dict[Place, list[tuple[bytes | None, bytes | None, Headers]]]:
+    """Keys, values and headers by partition, each partition's in order."""
+    found: dict[tuple[str, int], list[tuple[bytes | None, bytes | None, Headers]]] = {}
+    for topic, key, value, headers, partition in records:
+        chosen = partition_of(key, counts[topic]) if partition is None else partition
+        try:
+            found[topic, chosen].append((key, value, headers))
+        except KeyError:
+            found[topic, chosen] = [(key, value, headers)]
+    return {Place(topic, partition): content for (topic, partition), content in found.items()}
+
+
+def _size(key: bytes | None, value: bytes | None, headers: Headers) -> int:
+    size = len(key or b"") + len(value or b"") + _RECORD_OVERHEAD_BYTES
+    return size + sum(2 * len(name) + len(content) + 10 for name, content in headers) if headers else size
+
+
+def _too_large(doing: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"{doing}: one is larger than its topic takes", remedy="raise the topic's max.message.bytes"
+    )
+
+
+def _weight(events: Sequence[StoredEvent]) -> int:
+    return sum(len(event.value or b"") + len(event.key or b"") for event in events)

@@ -81,10 +81,16 @@ def _unlz4(payload: bytes, limit_bytes: int) -> bytes:
 
 def _unzstd(payload: bytes, limit_bytes: int) -> bytes:
     library = importlib.import_module("zstandard")
-    reader = library.ZstdDecompressor(max_window_size=limit_bytes).stream_reader(
-        io.BytesIO(payload), read_across_frames=True
-    )
-    inflated: bytes = reader.read(limit_bytes + 1)
+    if library.frame_content_size(payload) > limit_bytes:
+        raise InflatedError(f"inflates to more than {limit_bytes} bytes")
+    # The window is memory too, of whatever size the batch asks for.
+    decompressor = library.ZstdDecompressor(max_window_size=INFLATED_BYTES_MAX)
+    try:
+        inflated: bytes = decompressor.stream_reader(io.BytesIO(payload), read_across_frames=True).read(limit_bytes + 1)
+    except library.ZstdError as error:
+        if "memory" in str(error):
+            raise InflatedError(f"inflates to more than {INFLATED_BYTES_MAX} bytes: {error}") from error
+        raise
     return inflated
 
 
