@@ -183,7 +183,7 @@ def _read_slot(source: str, slot: str, after: Position) -> Position:
         end = shipper.end()
         for item in shipper.stream(after, wait_s=0.005):
             if isinstance(item, Transaction):
-                deque(item.runs, maxlen=0)
+                deque(item.runs, maxlen=0)  # a bundle is read already
             if item.position >= end:
                 break
         shipper.confirm(end)

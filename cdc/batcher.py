@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from cdc.position import Position
-from cdc.record import Batch, Format, Fragment, Kind, Relation, Run, Transaction, TransactionHead
+from cdc.record import Batch, Bundle, Format, Fragment, Kind, Relation, Run, Transaction, TransactionHead
 
 BATCH_BYTES: Final = 900 << 10
 _HEAD_BYTES: Final = 24  # in the codec's table of transactions
@@ -44,6 +44,17 @@ class Batcher:
         self._part.size_bytes += _HEAD_BYTES
         self._last = transaction.position
         self._heads.append(_head(transaction, self._part.messages - before))
+        if self._part.size_bytes >= BATCH_BYTES:
+            yield from self.flush()
+
+    def add_bundle(self, bundle: Bundle) -> Iterator[Batch]:
+        """Take transactions that are put together already, no larger than a batch."""
+        if self._heads and not self._part.fits(bundle.run):
+            yield from self.flush()
+        self._part.add(bundle.run)
+        self._part.size_bytes += _HEAD_BYTES * len(bundle.heads)
+        self._last = bundle.position
+        self._heads.extend(bundle.heads)
         if self._part.size_bytes >= BATCH_BYTES:
             yield from self.flush()
 

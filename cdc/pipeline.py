@@ -21,7 +21,9 @@ from cdc.ports import Applier, Broker, Codec, Preparing, Progress, Report, Shipp
 from cdc.position import Position
 from cdc.record import (
     Batch,
+    Bundle,
     Checkpoint,
+    Heartbeat,
     Kind,
     Transaction,
 )
@@ -202,12 +204,15 @@ class _Ship:
         for item in self._shipper.stream(batcher.position, wait_s=options.linger_s):
             self._confirm(writer.done())
             now = time.monotonic()
-            if isinstance(item, Transaction) and (target is None or item.position <= target):
-                self._hand(writer, batcher.add(item))
+            if not isinstance(item, Heartbeat) and (target is None or item.position <= target):
+                self._hand(writer, batcher.add(item) if isinstance(item, Transaction) else batcher.add_bundle(item))
                 oldest = (oldest or now) if batcher else None
                 waits = oldest is None or now - oldest < options.linger_s or writer.busy
                 if waits and not self._stop.is_set():
                     continue
+            if isinstance(item, Bundle) and target is not None and item.position > target:
+                part = item.upto(target.lsn)
+                self._hand(writer, batcher.add_bundle(part) if part is not None else ())
             self._hand(writer, batcher.flush())
             oldest = None
             reached = target is not None and item.position >= target
@@ -218,7 +223,7 @@ class _Ship:
                 beat = now
             if reached or self._stop.is_set():
                 return
-            if not isinstance(item, Transaction):
+            if isinstance(item, Heartbeat):
                 self._confirm(writer.wait())  # nothing else to do: the leader hears of it without delay
 
     def _hand(self, writer: "_Writer", batches: Iterable[Batch]) -> None:

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 from cdc.position import Position
 from cdc.record import (
     Batch,
+    Bundle,
     Checkpoint,
     ChunkPlan,
     Column,
@@ -59,8 +60,8 @@ class Shipper(Protocol):
         """Open an image. It is consistent for as long as the context lives."""
         ...
 
-    def stream(self, after: Position, *, wait_s: float) -> Iterator[Transaction | Heartbeat]:
-        """Every transaction whose position is beyond ``after``, then wait for more.
+    def stream(self, after: Position, *, wait_s: float) -> Iterator[Transaction | Bundle | Heartbeat]:
+        """Every transaction whose position is beyond ``after``, by itself or in a bundle, then wait for more.
 
         Yields a :class:`~cdc.record.Heartbeat` once all that had arrived has been told and nothing more came for
         ``wait_s`` seconds, and now and then while nothing comes.

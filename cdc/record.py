@@ -129,6 +129,26 @@ class TransactionHead(NamedTuple):
     messages: int
 
 
+class Bundle(NamedTuple):
+    """Small transactions one after the other, already put together: ``run`` holds the messages of all.
+
+    ``position`` is the end of the last; descriptions hold for all of them.
+    """
+
+    position: Position
+    heads: Sequence[TransactionHead]
+    run: Run
+
+    def upto(self, lsn: int) -> "Bundle | None":
+        """Those of them that end at or below ``lsn``, if any does."""
+        heads = [head for head in self.heads if head.lsn <= lsn]
+        if not heads:
+            return None
+        lengths = self.run.lengths[: sum(head.messages for head in heads)]
+        run = Run(self.run.relations, lengths, self.run.body[: sum(lengths)])
+        return Bundle(self.position.at(heads[-1].lsn), heads, run)
+
+
 class Fragment(NamedTuple):
     """Part ``number`` (from 0) of something too large for one message; only the ``last`` one completes it."""
 

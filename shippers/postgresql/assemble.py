@@ -2,24 +2,34 @@
 
 Rows are not decoded: of each message only the opcode and the relation id are looked at, to attach the description of
 the relation. :attr:`Assembler.known` holds those prefixes that need nothing else, so that the caller's loop can put the
-message aside without a call; everything else goes through :meth:`Assembler.feed`.
+message aside without a call. Begin and Commit of ordinary transactions go through :meth:`Assembler.quick`, which puts
+small ones together as bundles; everything else goes through :meth:`Assembler.feed`, after :meth:`Assembler.bundle`.
 """
 
+import struct
 from collections.abc import Callable
 from typing import Final
 
 from cdc.errors import DecodeError, GapError
 from cdc.position import Position, format_lsn
-from cdc.record import Relation, Run, Transaction
+from cdc.record import Bundle, Relation, Run, Transaction, TransactionHead
 from cdc.wire import pgoutput
 from shippers.postgresql.spool import Spool
 
 RUN_BYTES: Final = 900 << 10  # a run fits one message of Kafka's default size
+BUNDLE_BYTES: Final = RUN_BYTES // 2  # of messages, which together with their table of transactions do too
+_BUNDLE_MAX: Final = 4_000  # transactions
 _SHARED_MAX: Final = 16  # relations that consecutive small transactions describe together
 FRAME_BYTES: Final = 25  # of the XLogData header before each pgoutput message
 _XID: Final = slice(FRAME_BYTES + 1, FRAME_BYTES + 5)
 _PLAIN: Final = slice(FRAME_BYTES, FRAME_BYTES + 5)  # opcode, relation id
 _STREAMED: Final = slice(FRAME_BYTES, FRAME_BYTES + 9)  # opcode, xid, relation id
+_BEGIN, _COMMIT = ord("B"), ord("C")
+_BEGIN_FIELDS: Final = struct.Struct(">qI")  # when it was committed, and its xid
+_BEGIN_AT: Final = FRAME_BYTES + 9
+_BEGIN_BYTES: Final = _BEGIN_AT + _BEGIN_FIELDS.size
+_COMMIT_END: Final = slice(FRAME_BYTES + 10, FRAME_BYTES + 18)
+_COMMIT_BYTES: Final = FRAME_BYTES + 26
 
 
 class _Open:
@@ -57,6 +67,10 @@ class Assembler:
         self._subxid = 0
         self._in_stream = False
         self._run: dict[int, Relation] = {}
+        # An ordinary transaction that has begun, and those before it that wait in `frames` to be a bundle.
+        self._begun: bytes | None = None
+        self._heads: list[TransactionHead] = []
+        self._bundled = 0
         # The three below are the hot loop's: which prefix to look at, which prefixes need no more, where frames go.
         self.prefix = _PLAIN
         self.known: set[bytes] = set()
@@ -65,7 +79,7 @@ class Assembler:
     @property
     def idle(self) -> bool:
         """No transaction is half read: a keepalive's position may be believed."""
-        return self._open is None
+        return self._open is None and self._begun is None and not self._heads
 
     @property
     def floor(self) -> int | None:
@@ -76,6 +90,58 @@ class Assembler:
         """The leader has told everything below ``lsn``."""
         if self.idle and lsn > self.position.lsn:
             self.position = self.position.at(lsn)
+
+    def quick(self, frame: bytes) -> bool:
+        """Take the Begin or Commit of an ordinary transaction; False where it is none, and nothing was done."""
+        opcode = frame[FRAME_BYTES]
+        if opcode == _BEGIN:
+            if self._begun is not None or self._open is not None or len(frame) != _BEGIN_BYTES:
+                return False
+            self._begun = frame
+            return True
+        if opcode != _COMMIT or self._begun is None or len(frame) != _COMMIT_BYTES:
+            return False
+        messages = len(self.frames) - self._bundled
+        end_lsn = int.from_bytes(frame[_COMMIT_END])
+        if end_lsn > self.position.lsn:
+            self.position = self.position.at(end_lsn)
+        if messages:
+            if end_lsn > self._after.lsn:
+                committed_us, xid = _BEGIN_FIELDS.unpack_from(self._begun, _BEGIN_AT)
+                self._heads.append(TransactionHead(end_lsn, xid, committed_us + pgoutput.PG_EPOCH_US, messages))
+                self._bundled += messages
+            else:
+                del self.frames[self._bundled :]
+        self._begun = None
+        return True
+
+    @property
+    def waiting(self) -> bool:
+        """Is there a bundle to be had?"""
+        return bool(self._heads)
+
+    @property
+    def full(self) -> bool:
+        """Are there enough transactions for a bundle, or tables?"""
+        return len(self._heads) >= _BUNDLE_MAX or len(self._run) > _SHARED_MAX
+
+    def bundle(self) -> Bundle | None:
+        """The small transactions that have ended since the last call; one that has not goes on by itself."""
+        heads, frames = self._heads, self.frames[: self._bundled]
+        del self.frames[: self._bundled]
+        self._heads, self._bundled = [], 0
+        if self._begun is not None:
+            begun, self._begun = self._begun, None
+            committed_us, xid = _BEGIN_FIELDS.unpack_from(begun, _BEGIN_AT)
+            self._open = _Open(xid, committed_us + pgoutput.PG_EPOCH_US)
+        if not heads:
+            return None
+        made = Bundle(self.position.at(heads[-1].lsn), heads, _run(self._run, frames, streamed=False))
+        if len(self._run) <= _SHARED_MAX:
+            self._run = dict(self._run)  # the next one may name the same tables
+        elif self._open is None:
+            self._forget_run()
+        return made
 
     def feed(self, frame: bytes) -> Transaction | None:
         """Take a whole XLogData frame that is not in :attr:`known`. Returns a transaction where it completes one."""
@@ -132,6 +198,9 @@ class Assembler:
     def cut(self) -> None:
         """End the run: what is in :attr:`frames` goes to the open transaction's spool."""
         self._put_away()
+        self._forget_run()
+
+    def _forget_run(self) -> None:
         self._run = {}
         self.known.clear()
 

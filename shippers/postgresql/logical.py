@@ -17,12 +17,12 @@ from psycopg.errors import error_from_result
 from cdc.errors import ConfigurationError, DivergedError, TransientError, UnavailableError
 from cdc.ports import Snapshot
 from cdc.position import Position, format_lsn, parse_lsn
-from cdc.record import Format, Heartbeat, Transaction
+from cdc.record import Bundle, Format, Heartbeat, Transaction
 from cdc.sql.quote import identifier, literal
 from cdc.stores.postgresql.connect import Connection, connect, translate, translated
 from cdc.wire import pgoutput
 from shippers.postgresql import image
-from shippers.postgresql.assemble import RUN_BYTES, Assembler
+from shippers.postgresql.assemble import BUNDLE_BYTES, RUN_BYTES, Assembler
 from shippers.postgresql.leader import IDLE_S, Leader, taking_over
 
 _UNSTREAMED: Final[set[str]] = set()  # slots that this process found the server cannot stream
@@ -89,7 +89,7 @@ class LogicalShipper:
             self._replication.close()
         self._leader.close()
 
-    def stream(self, after: Position, *, wait_s: float) -> Iterator[Transaction | Heartbeat]:
+    def stream(self, after: Position, *, wait_s: float) -> Iterator[Transaction | Bundle | Heartbeat]:
         leader = self._leader
         leader.check_history(after, self._branch)
         leader.check_publication()
@@ -100,11 +100,11 @@ class LogicalShipper:
         self._start(0 if slot.two_phase else after.lsn, two_phase=slot.two_phase)
         return self._read(self._assembler, wait_s)
 
-    def _read(self, assembler: Assembler, wait_s: float) -> Iterator[Transaction | Heartbeat]:  # noqa: C901
+    def _read(self, assembler: Assembler, wait_s: float) -> Iterator[Transaction | Bundle | Heartbeat]:  # noqa: C901, PLR0912, PLR0915
         """The hot loop: a message whose prefix is known is put aside without a call."""
         assert self._replication is not None  # noqa: S101
         wire = self._replication.pgconn
-        get = wire.get_copy_data
+        get, quick = wire.get_copy_data, assembler.quick
         known, frames, room = assembler.known, assembler.frames, RUN_BYTES
         prefix = assembler.prefix
         wait = wait_s
@@ -118,9 +118,21 @@ class LogicalShipper:
                         room -= size
                         if room > 0:
                             continue
+                        if bundle := assembler.bundle():
+                            yield bundle
                         assembler.cut()
                         self._send_status_when_due()
                     elif frame[0] == _XLOGDATA:
+                        if quick(frame):
+                            if room > BUNDLE_BYTES and not assembler.full:
+                                continue
+                            if bundle := assembler.bundle():
+                                yield bundle
+                                wait = wait_s
+                            room = RUN_BYTES
+                            continue
+                        if bundle := assembler.bundle():
+                            yield bundle
                         transaction = assembler.feed(frame)
                         prefix = assembler.prefix
                         if transaction is not None:
@@ -135,8 +147,11 @@ class LogicalShipper:
                     room = RUN_BYTES
                 elif size < 0:
                     self._ended()
-                elif self._readable(wait):
+                elif self._readable(0 if assembler.waiting else wait):
                     wire.consume_input()
+                elif bundle := assembler.bundle():
+                    yield bundle
+                    wait, room = wait_s, RUN_BYTES
                 else:
                     wait = IDLE_S  # all has been told: only news, or the next status, are worth waking for
                     self._send_status_when_due()

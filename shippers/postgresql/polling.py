@@ -24,12 +24,12 @@ from psycopg.pq.abc import PGconn
 from cdc.errors import CdcError, ConfigurationError, FencedError, TransientError
 from cdc.ports import Snapshot
 from cdc.position import Position, format_lsn, parse_lsn
-from cdc.record import Format, Heartbeat, Transaction
+from cdc.record import Bundle, Format, Heartbeat, Transaction
 from cdc.sql.quote import literal
 from cdc.stores.postgresql.connect import Connection, connect, translated
 from cdc.stores.postgresql.polling import Polled, must_be_callable
 from cdc.wire import copy, pgoutput
-from shippers.postgresql.assemble import FRAME_BYTES, RUN_BYTES, Assembler
+from shippers.postgresql.assemble import BUNDLE_BYTES, FRAME_BYTES, RUN_BYTES, Assembler
 from shippers.postgresql.image import PostgresSnapshot, Published
 from shippers.postgresql.leader import HANDOVER_S, IDLE_S, Leader, Slot, taking_over
 from shippers.postgresql.visible import Committed, Seen, image_lsn
@@ -121,7 +121,7 @@ class PollingShipper:
             self._reader.close()
         self._leader.close()
 
-    def stream(self, after: Position, *, wait_s: float) -> Iterator[Transaction | Heartbeat]:  # noqa: ARG002
+    def stream(self, after: Position, *, wait_s: float) -> Iterator[Transaction | Bundle | Heartbeat]:  # noqa: ARG002
         """As the protocol has it, but for ``wait_s``: that nothing more comes is known when a peek ends.
 
         :raises ConfigurationError: the leader is on a newer timeline, whose history only REPLICATION tells.
@@ -137,7 +137,7 @@ class PollingShipper:
         self.confirm(after)
         return self._follow()
 
-    def _follow(self) -> Iterator[Transaction | Heartbeat]:
+    def _follow(self) -> Iterator[Transaction | Bundle | Heartbeat]:
         while True:
             end = self._leader.end()
             if end > self._position:
@@ -153,7 +153,7 @@ class PollingShipper:
             time.sleep(min(left, IDLE_S))
             yield Heartbeat(self._position)
 
-    def _peek(self, end_lsn: int) -> Iterator[Transaction | Heartbeat]:
+    def _peek(self, end_lsn: int) -> Iterator[Transaction | Bundle | Heartbeat]:
         """Tell a window of the log: transactions that begin in it, and those before that end in it."""
         self._acknowledge()
         after = self._position
@@ -172,7 +172,9 @@ class PollingShipper:
         assembler.idle_at(upto)
         self._position = assembler.position
 
-    def _assembled(self, assembler: Assembler, upto: int) -> Iterator[Transaction | Heartbeat]:
+    def _assembled(  # noqa: C901, PLR0912
+        self, assembler: Assembler, upto: int
+    ) -> Iterator[Transaction | Bundle | Heartbeat]:
         """The hot loop: a message whose prefix is known is put aside without a call."""
         known, frames, prefix, room = assembler.known, assembler.frames, assembler.prefix, RUN_BYTES
         for frame in self._frames(upto):
@@ -181,8 +183,19 @@ class PollingShipper:
                 room -= len(frame)
                 if room > 0:
                     continue
+                if bundle := assembler.bundle():
+                    yield bundle
                 assembler.cut()
             elif frame:
+                if assembler.quick(frame):
+                    if room > BUNDLE_BYTES and not assembler.full:
+                        continue
+                    if bundle := assembler.bundle():
+                        yield bundle
+                    room = RUN_BYTES
+                    continue
+                if bundle := assembler.bundle():
+                    yield bundle
                 transaction = assembler.feed(frame)
                 if transaction is not None:
                     yield transaction
@@ -191,6 +204,8 @@ class PollingShipper:
             elif assembler.idle:
                 yield Heartbeat(self._position)
             room = RUN_BYTES
+        if bundle := assembler.bundle():
+            yield bundle
 
     def _frames(self, upto: int) -> Iterator[bytes]:
         """What a peek returns; and an empty frame whenever nothing came for :data:`IDLE_S`."""
