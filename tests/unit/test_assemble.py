@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cdc.errors import DecodeError, GapError
 from cdc.position import Position
-from cdc.record import Column, Relation, Run, Transaction
+from cdc.record import Bundle, Column, Relation, Run, Transaction, TransactionHead
 from cdc.wire import pgoutput
 from shippers.postgresql.assemble import Assembler
 from shippers.postgresql.spool import Spool
@@ -107,23 +107,57 @@ def _told(transaction: Transaction) -> Told:
     return transaction.position.lsn, transaction.xid, messages
 
 
-class _Caller:
-    """The shipper's hot loop: what is known is put aside, everything else is fed."""
+def _alone(bundle: Bundle) -> Iterator[Transaction]:
+    """The transactions of a bundle, one by one."""
+    run, number, at = bundle.run, 0, 0
+    for head in bundle.heads:
+        lengths = run.lengths[number : number + head.messages]
+        size = sum(lengths)
+        own = Run(run.relations, lengths, run.body[at : at + size])
+        yield Transaction(bundle.position.at(head.lsn), head.xid, head.committed_us, iter([own]), size)
+        number, at = number + head.messages, at + size
+    assert at == len(run.body)
+    assert bundle.position.lsn == bundle.heads[-1].lsn
 
-    def __init__(self, assembler: Assembler) -> None:
+
+class _Caller:
+    """The shipper's hot loop: what is known is put aside, everything else is fed.
+
+    ``bundles``: "never" leaves out the short cut for small transactions, "late" takes bundles as seldom as may be, and
+    "soon" after every frame, as where the leader is slow.
+    """
+
+    def __init__(self, assembler: Assembler, bundles: str = "never") -> None:
         self.assembler = assembler
+        self._bundles = bundles
 
     def feed(self, frames: Iterable[bytes]) -> Iterator[Transaction]:
         assembler = self.assembler
         for frame in frames:
             if frame[assembler.prefix] in assembler.known:
                 assembler.frames.append(frame)
-            elif (transaction := assembler.feed(frame)) is not None:
-                yield transaction
+            elif self._bundles == "never" or not assembler.quick(frame):
+                yield from self._bundle()
+                if (transaction := assembler.feed(frame)) is not None:
+                    yield transaction
+            if self._bundles == "soon" and assembler.waiting:
+                yield from self._bundle()
+        yield from self._bundle()
+
+    def _bundle(self) -> Iterator[Transaction]:
+        if (bundle := self.assembler.bundle()) is not None:
+            yield from _alone(bundle)
 
 
 def _assembled(frames: Iterable[bytes], after: Position = _START) -> list[Told]:
-    return [_told(transaction) for transaction in _Caller(Assembler(after, _describe)).feed(frames)]
+    """However small transactions are put together, the same is told."""
+    frames = list(frames)
+    ways = [
+        [_told(transaction) for transaction in _Caller(Assembler(after, _describe), bundles).feed(frames)]
+        for bundles in ("never", "late", "soon")
+    ]
+    assert ways[0] == ways[1] == ways[2]
+    return ways[0]
 
 
 @pytest.fixture(params=[None, 0, 40], ids=["memory", "disk", "both"])
@@ -468,3 +502,30 @@ def test_closing_gives_back_every_file() -> None:
     )  # fmt: skip
     assembler.close()
     assembler.close()
+
+
+def test_small_transactions_come_as_one_bundle() -> None:
+    assembler = Assembler(_START, _describe)
+    made: list[Bundle | None] = []
+    frames = [begin(4, 1042), relation(1), insert(1, 0), commit(1050)]
+    list(_Caller(assembler, "late").feed(frames))
+    for number in range(3):
+        assert assembler.quick(begin(5 + number, 1092 + 100 * number))
+        assembler.frames.append(insert(1, number))
+        assert not assembler.idle
+        assert assembler.quick(commit(1100 + 100 * number))
+    made.append(assembler.bundle())
+    assert made[0] is not None
+    assert [(head.lsn, head.xid, head.messages) for head in made[0].heads] == [(1100, 5, 1), (1200, 6, 1), (1300, 7, 1)]
+    assert made[0].run.body == b"".join(_row(1, number) for number in range(3))
+    assert assembler.idle
+    assert assembler.bundle() is None
+
+
+def test_a_bundle_up_to_a_position() -> None:
+    run = Run({}, [1, 2, 3], b"abbccc")
+    heads = [TransactionHead(10, 1, 0, 1), TransactionHead(20, 2, 0, 2)]
+    bundle = Bundle(_START.at(20), heads, run)
+    assert bundle.upto(9) is None
+    assert bundle.upto(10) == Bundle(_START.at(10), heads[:1], Run({}, [1], b"a"))
+    assert bundle.upto(25) == bundle

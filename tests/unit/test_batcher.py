@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cdc.batcher import BATCH_BYTES, Batcher
 from cdc.codec import EnvelopeCodec
 from cdc.position import Position
-from cdc.record import Batch, Column, Format, Fragment, Kind, Relation, Run, Transaction
+from cdc.record import Batch, Bundle, Column, Format, Fragment, Kind, Relation, Run, Transaction, TransactionHead
 
 _START = Position("leader", 1, 1000)
 
@@ -99,6 +99,25 @@ def test_batches_tell_what_was_given(history: list[tuple[Transaction, Told]]) ->
     _assert_chained(batches)
     assert not batcher
     assert batcher.position.lsn == (history[-1][1].lsn if history else _START.lsn)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(1, 20), st.sampled_from([0, 10, 1000, 40_000])), max_size=8))
+def test_bundles_are_told_as_their_transactions(shapes: list[tuple[int, int, int]]) -> None:
+    batcher, lsn = Batcher("s", Format.LOGICAL, _START), _START.lsn
+    batches: list[Batch] = []
+    expected: list[Told] = []
+    for version, count, size in shapes:
+        relation = _RELATIONS[1, version]
+        bodies = [_message(1, number, size) for number in range(count)]
+        heads = [TransactionHead(lsn + 1 + number, 1, 0, 1) for number in range(count)]
+        lsn += count
+        expected += [Told(head.lsn, [(body, relation)]) for head, body in zip(heads, bodies, strict=True)]
+        run = Run({1: relation}, [len(body) for body in bodies], b"".join(bodies))
+        batches += batcher.add_bundle(Bundle(_START.at(lsn), heads, run))
+    batches += batcher.flush()
+    assert _told(batches) == expected
+    _assert_chained(batches)
 
 
 def _assert_chained(batches: list[Batch]) -> None:
