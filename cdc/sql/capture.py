@@ -7,7 +7,8 @@ table says:
 ========== ===========================================================================================================
 ``xid``    the transaction, as ``txid_current()``
 ``here``   where the WAL stood when the statement ended: of two changes of one row the earlier has the lower
-``began``  where it stood when the statement began, told only where statements may stand inside each other
+``began``  where it stood when the statement began, told only where it deletes; where statements may stand inside each
+           other, where it stood when the last of its own rows was written and no trigger had fired yet for any
 ``origin`` the table or partition that the statement named
 ``depth``  ``pg_trigger_depth()``: 1 for a client's own statement
 ``op``     I, U (new rows), D (old rows), K (an old row whose key an UPDATE changed, and its new one), T, or ``!``: the
@@ -32,6 +33,7 @@ _CHUNK_BYTES: Final = 7_500  # of rows that share one change otherwise: what fit
 _LARGE_BYTES: Final = 1_000_000
 _BEGAN: Final = "cdc.began"
 _DELETING: Final = "cdc.deleting"
+_WRITING: Final = "cdc.writing"
 
 
 class Table(NamedTuple):
@@ -40,6 +42,7 @@ class Table(NamedTuple):
     ``key``: the columns whose change an UPDATE must tell; none where updates are told as old rows gone and new ones
     come, as those of partitioned tables are, whose rows may move, and of tables of which only a part is captured.
     ``nesting``: triggers of others, or foreign keys, may change it while a statement of its own runs.
+    ``is_partition``: it has the row triggers of its partitioned table.
     ``expressions``: what of a row is captured, over the alias ``n``, None for all; ``condition``: of which rows.
     """
 
@@ -48,6 +51,7 @@ class Table(NamedTuple):
     name: str
     key: tuple[str, ...] = ()
     nesting: bool = False
+    is_partition: bool = False
     expressions: tuple[str, ...] | None = None
     condition: str = ""
 
@@ -156,6 +160,14 @@ def create_triggers(schema: str, owner: str, wake: tuple[int, int], table: Table
             f"CREATE OR REPLACE TRIGGER {trigger_name(schema, 'a_row')} AFTER UPDATE ON {name} FOR EACH ROW"
             f" WHEN (ROW({old})::record OPERATOR(pg_catalog.*<>) ROW({new})::record)"
             f" EXECUTE FUNCTION {s}.capture_key({told})"
+        )
+    if table.nesting and not table.is_partition:
+        # Only the statement's first row queues an event; it is the first to fire, when all rows are written.
+        setting = f"'{_WRITING}' || pg_trigger_depth() + 1"
+        created.append(
+            f"CREATE OR REPLACE TRIGGER {identifier(f'!{schema}'[:63])} AFTER INSERT OR UPDATE OR DELETE ON {name}"
+            f" FOR EACH ROW WHEN (current_setting({setting}, true) = '' AND set_config({setting}, '1', true) = '1')"
+            f" EXECUTE FUNCTION {s}.begin({literal(mark)})"
         )
     return own + "; ".join(created)
 
@@ -310,8 +322,11 @@ END"""
 
 
 # Settings are looked at by nobody else, and end with the transaction or with what of it is rolled back.
-_BEGIN: Final = """
+_BEGIN: Final = f"""
 BEGIN
+    IF TG_WHEN = 'BEFORE' THEN
+        PERFORM set_config('{_WRITING}' || pg_trigger_depth(), '', true);
+    END IF;
     PERFORM set_config(TG_ARGV[0] || pg_trigger_depth(), pg_current_wal_insert_lsn()::text, true);
     RETURN NULL;
 END"""

@@ -313,6 +313,7 @@ class _Reader:
         self._first: _Change | None = first
         self._rest = rest
         self._moved: dict[int, set[bytes]] = {}  # by relation the keys that rows have moved to
+        self._emptied: set[int] = set()  # relations that nothing was written to since
 
     def runs(self) -> Iterator[Run]:
         relations: dict[int, Relation] = {}
@@ -346,8 +347,13 @@ class _Reader:
     def _messages(self, change: _Change, captured: Captured) -> Iterator[bytes]:
         relation = captured.relation
         if change.op == b"T":
-            yield record.truncate([relation.id])
+            # The TRUNCATE of a partitioned table is told by each of its partitions, too.
+            if relation.id not in self._emptied:
+                _check_whole(captured)
+                self._emptied.add(relation.id)
+                yield record.truncate([relation.id])
             return
+        self._emptied.discard(relation.id)
         rows = record.rows(change.data, captured.layout)
         head = relation.id.to_bytes(4)
         width = len(relation.columns).to_bytes(2)
@@ -501,7 +507,7 @@ class _Shapes:
                 remedy=f"mend --columns, --mask or --where of {label}: {_SET_UP_ANEW}",
             )
         if change.op == b"T":
-            return _emptied(known.now)
+            return known.now
         types = record.type_oids(change.data)
         found = self._found.get((change.origin, types))
         if found is None:
@@ -526,7 +532,7 @@ class _Shapes:
         )
 
 
-def _emptied(captured: Captured) -> Captured:
+def _check_whole(captured: Captured) -> None:
     """
     :raises GapError: only a partition was: which rows those were is not told.
     """
@@ -535,4 +541,3 @@ def _emptied(captured: Captured) -> Captured:
             f"a partition of {captured.relation.label} was truncated: followers, with one table, cannot tell its rows",
             remedy=f"DELETE from a partition instead of TRUNCATE; now {_ANEW}",
         )
-    return captured

@@ -58,7 +58,12 @@ CASES = {
     "keys that shift": Case(
         "CREATE TABLE t (id int PRIMARY KEY DEFERRABLE, u int NOT NULL, v text);"
         " CREATE UNIQUE INDEX by_u ON t (u); INSERT INTO t SELECT g, g, g FROM generate_series(1, 9) g",
-        ("UPDATE t SET u = u + 100", "UPDATE t SET id = id + 1", "UPDATE t SET id = 11 - id", "UPDATE t SET u = u - 99"),
+        (
+            "UPDATE t SET u = u + 100",
+            "UPDATE t SET id = id + 1",
+            "UPDATE t SET id = 11 - id",
+            "UPDATE t SET u = u - 99",
+        ),
     ),
     "keys that swap": Case(
         "CREATE TABLE t (id int NOT NULL, v text, PRIMARY KEY (id) DEFERRABLE INITIALLY DEFERRED);"
@@ -85,8 +90,9 @@ CASES = {
         ("UPDATE t SET v = 'go'",),
     ),
     "a before trigger that changes the key": Case(
-        KEYED + "; CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN NEW.id := NEW.id + 100; RETURN NEW;"
-        " END$$; CREATE TRIGGER b BEFORE INSERT OR UPDATE ON t FOR EACH ROW EXECUTE FUNCTION f()",
+        KEYED + "; CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN"
+        " NEW.id := NEW.id + CASE TG_OP WHEN 'INSERT' THEN 100 ELSE 200 END; RETURN NEW; END$$;"
+        " CREATE TRIGGER b BEFORE INSERT OR UPDATE ON t FOR EACH ROW EXECUTE FUNCTION f()",
         ("INSERT INTO t VALUES (1, 'x')", "UPDATE t SET v = 'z' WHERE id < 4", "DELETE FROM t WHERE id = 5"),
     ),
     "a before trigger that makes way for the row": Case(
@@ -94,6 +100,29 @@ CASES = {
         " DELETE FROM t WHERE id = NEW.id; RETURN NEW; END$$;"
         " CREATE TRIGGER b BEFORE INSERT ON t FOR EACH ROW EXECUTE FUNCTION f()",
         ("INSERT INTO t VALUES (1, 'x'), (2, 'y'), (10, 'z')", "INSERT INTO t VALUES (1, 'w')"),
+    ),
+    "before and after triggers of every kind": Case(
+        "CREATE TABLE t (id int PRIMARY KEY, v int, up int);"
+        " INSERT INTO t SELECT g, g, g / 2 FROM generate_series(1, 20) g;"
+        " CREATE FUNCTION b() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN"
+        " IF TG_OP = 'DELETE' THEN UPDATE t SET up = OLD.up, v = v + 1 WHERE up = OLD.id; RETURN OLD; END IF;"
+        " DELETE FROM t WHERE id = -NEW.id; INSERT INTO t VALUES (NEW.id + 1000, 0) ON CONFLICT (id) DO NOTHING;"
+        " RETURN NEW; END$$;"
+        " CREATE FUNCTION a() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN"
+        " UPDATE t SET v = v + 100 WHERE id IN (NEW.id, NEW.id + 1) AND v < 100;"
+        " DELETE FROM t WHERE id = NEW.id + 1000; RETURN NULL; END$$;"
+        " CREATE TRIGGER b BEFORE INSERT OR UPDATE OF v OR DELETE ON t FOR EACH ROW"
+        " WHEN (pg_trigger_depth() < 1) EXECUTE FUNCTION b();"
+        " CREATE TRIGGER a AFTER INSERT OR UPDATE OF v ON t FOR EACH ROW"
+        " WHEN (pg_trigger_depth() < 1) EXECUTE FUNCTION a()",
+        (
+            "UPDATE t SET v = 0 WHERE id < 6",
+            "INSERT INTO t VALUES (-7, 1), (30, 1), (31, 1)",
+            "INSERT INTO t VALUES (7, 1) ON CONFLICT (id) DO UPDATE SET v = 5",
+            "BEGIN; INSERT INTO t VALUES (-50, 1); INSERT INTO t VALUES (50, 1);"
+            " UPDATE t SET id = 60 WHERE id = 50; COMMIT",
+            "DELETE FROM t WHERE id = 1",
+        ),
     ),
     "a trigger of another table": Case(
         KEYED + "; CREATE TABLE u (id int PRIMARY KEY, n int); INSERT INTO u VALUES (1, 0);"
@@ -251,7 +280,7 @@ def test_partitioned_tables(partitioned: TriggerStream, followers: list[str]) ->
         "UPDATE p_rest SET id = id + 1000 WHERE id BETWEEN 60 AND 90",
         "UPDATE p SET region = CASE region WHEN 'north' THEN 'south' ELSE 'north' END WHERE id > 150",
         "MERGE INTO p USING (VALUES (1, 'north'), (9, 'west')) s(id, region) ON p.id = s.id AND p.region = s.region"
-        " WHEN MATCHED THEN UPDATE SET region = 'south' WHEN NOT MATCHED THEN INSERT VALUES (s.id, s.region, 'm')",
+        " WHEN MATCHED THEN UPDATE SET v = 'merged' WHEN NOT MATCHED THEN INSERT VALUES (s.id, s.region, 'm')",
         "INSERT INTO p VALUES (9, 'west', 'n') ON CONFLICT (region, id) DO UPDATE SET v = 'conflict'",
         "BEGIN; DELETE FROM p WHERE region = 'west'; INSERT INTO p VALUES (9, 'west', 'again'); COMMIT",
     )
@@ -260,6 +289,17 @@ def test_partitioned_tables(partitioned: TriggerStream, followers: list[str]) ->
     partitioned.run("TRUNCATE p", "INSERT INTO p VALUES (99, 'south', 'after')")
     partitioned.carry(*followers)
     partitioned.assert_equal(*followers)
+
+
+@pytest.mark.xfail(strict=True, reason="PostgreSQL leaves rows that MERGE moves out of its transition tables")
+def test_a_merge_that_moves_rows_between_partitions(partitioned: TriggerStream, new_follower: FollowerFactory) -> None:
+    follower = new_follower("sqlite")
+    partitioned.carry(follower)
+    partitioned.run(
+        "MERGE INTO p USING (VALUES (1)) s(id) ON p.id = s.id WHEN MATCHED THEN UPDATE SET region = 'south'"
+    )
+    partitioned.carry(follower)
+    partitioned.assert_equal(follower)
 
 
 @pytest.mark.parametrize(

@@ -319,6 +319,7 @@ def _checked(connection: Connection, row: Any, schema: str, shape: Shape) -> _Wa
             names[id_].name,
             tuple(row.key) if keyed else (),
             row.nesting,
+            id_ != row.id,
             expressions,
             shape.condition,
         )
@@ -563,10 +564,11 @@ _ATTRIBUTES: Final[LiteralString] = """
 
 
 def _keyed(relation: Relation, key: Sequence[str]) -> Relation:
-    """By what triggers find its rows, whatever its replica identity is."""
+    """By what triggers find its rows, whatever its replica identity is; a key that is checked late is none."""
     identity = "f" if not key else "d" if tuple(key) == relation.primary_key else "i"
     columns = tuple(replace(column, key=not key or column.name in key) for column in relation.columns)
-    return replace(relation, identity=identity, columns=columns)
+    primary_key = relation.primary_key if identity == "d" else ()
+    return replace(relation, identity=identity, columns=columns, primary_key=primary_key)
 
 
 def _described(schema: str, noted: Any, relation: Relation, origin: int, attributes: Sequence[Any]) -> Captured:
