@@ -22,7 +22,7 @@ changes before what comes.
 https://www.postgresql.org/docs/current/plpgsql-trigger.html, https://www.postgresql.org/docs/current/sql-createtrigger.html
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Final, NamedTuple
 
 from cdc.sql.quote import identifier, literal, qualified
@@ -31,6 +31,19 @@ SLOTS: Final = (0, 1)
 _FEW: Final = 50  # rows that share one change without a look at their size
 _CHUNK_BYTES: Final = 7_500  # of rows that share one change otherwise: what fits a page
 _LARGE_BYTES: Final = 1_000_000
+# What of a session changes how values print and parse; https://www.postgresql.org/docs/current/runtime-config-client.html
+PRINTING: Final[Mapping[str, str]] = {
+    "DateStyle": "ISO,YMD",
+    "IntervalStyle": "postgres",
+    "TimeZone": "UTC",
+    "extra_float_digits": "1",
+    "bytea_output": "hex",
+    "standard_conforming_strings": "on",
+    "lc_monetary": "C",
+    "xmloption": "content",
+    "array_nulls": "on",
+    "transform_null_equals": "off",
+}
 _BEGAN: Final = "cdc.began"
 _DELETING: Final = "cdc.deleting"
 _WRITING: Final = "cdc.writing"
@@ -128,7 +141,7 @@ def create_triggers(schema: str, owner: str, wake: tuple[int, int], table: Table
         called = f"capture_{table.id}()"
         own = (
             f"SET LOCAL ROLE {identifier(owner)}; DROP FUNCTION IF EXISTS {s}.{called} CASCADE; "
-            f"{_function(schema, called, 'trigger', _capture(schema, wake, table))}; RESET ROLE; "
+            f"{_function(schema, called, 'trigger', _capture(schema, wake, table), settings=PRINTING)}; RESET ROLE; "
         )
         function = f"{s}.{called}"
     mark = _BEGAN if table.nesting else _DELETING
@@ -210,15 +223,23 @@ def index_name(slot: int) -> str:
 
 
 def _function(
-    schema: str, signature: str, returns: str, body: str, *, language: str = "plpgsql", kind: str = "VOLATILE"
+    schema: str,
+    signature: str,
+    returns: str,
+    body: str,
+    *,
+    language: str = "plpgsql",
+    kind: str = "VOLATILE",
+    settings: Mapping[str, str] = {},
 ) -> str:
     """What a function of ours is called with is all that its caller decides."""
     name, _, arguments = signature.partition("(")
     called = f"{identifier(schema)}.{name}({arguments}"
     types = ", ".join(part.strip().rpartition(" ")[2] for part in arguments[:-1].split(",")) if arguments != ")" else ""
+    pinned = "".join(f"SET {setting} = {literal(value)} " for setting, value in settings.items())
     return (
         f"CREATE FUNCTION {called} RETURNS {returns} LANGUAGE {language} {kind} SECURITY DEFINER "
-        f"SET search_path = pg_catalog, pg_temp AS {literal(body)}; "
+        f"SET search_path = pg_catalog, pg_temp {pinned}AS {literal(body)}; "
         f"REVOKE ALL ON FUNCTION {identifier(schema)}.{name}({types}) FROM PUBLIC"
     )
 
@@ -259,7 +280,10 @@ BEGIN
             PERFORM set_config('{_DELETING}' || pg_trigger_depth(), '', true);
         END IF;
     END IF;{body}
-    IF NOT pg_try_advisory_lock_shared({number}, {key}) THEN
+    -- What has sent a notification cannot be prepared: where that may come, the shipper finds the change by itself.
+    IF current_setting('max_prepared_transactions') <> '0' THEN
+        NULL;
+    ELSIF NOT pg_try_advisory_lock_shared({number}, {key}) THEN
         PERFORM pg_notify({literal(schema)}, '');
     ELSIF pg_advisory_unlock_shared({number}, {key}) THEN
         NULL;

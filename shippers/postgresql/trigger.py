@@ -78,7 +78,8 @@ class TriggerShipper:
         try:
             capture.fetch_captured(leader.catalog, schema)
             with translated():
-                leader.catalog.execute(f"SET work_mem = '{_SORT_MEMORY}'".encode())
+                # Nothing is known of the change tables' contents, which come and go: the index it is to be.
+                leader.catalog.execute(f"SET work_mem = '{_SORT_MEMORY}'; SET enable_seqscan = off".encode())
             return cls(url, schema, leader)
         except BaseException:
             leader.close()

@@ -1,10 +1,13 @@
 """The trigger log: every kind of write, under load, killed, late, large, and read again."""
 
 import random
+import re
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -12,8 +15,10 @@ import pytest
 
 from cdc.codec import EnvelopeCodec
 from cdc.record import Kind
+from cdc.stores.embedded import EmbeddedPostgres
 from cdc.topic import decoded
-from tests.fix_postgresql import postgres_major
+from shippers.postgresql import trigger
+from tests.fix_postgresql import DatabaseFactory, postgres_major
 from tests.fix_stream import (
     FOLLOWERS,
     STREAM,
@@ -26,6 +31,7 @@ from tests.fix_stream import (
     everything,
     killed,
     query,
+    run,
 )
 from tests.integration.test_exactly_once import GROWN_MB_MAX
 from tests.integration.test_image import SMALL_CHUNKS
@@ -48,7 +54,7 @@ def changes_waiting(stream: TriggerStream) -> int:
 
 @postgres_major(16, 18)
 def test_a_mixed_workload_arrives_everywhere(triggers: TriggerStream, followers: list[str]) -> None:
-    triggers.run(TABLES)
+    triggers.run(TABLES, f"ALTER DATABASE {triggers.slot} SET deadlock_timeout = '30ms'")
     triggers.setup()
     Writer(triggers.leader, 100).write(30)
     with background(lambda stop: Writer(triggers.leader, 77).write(150, stop)):
@@ -64,7 +70,7 @@ def test_a_mixed_workload_arrives_everywhere(triggers: TriggerStream, followers:
 
 def test_one_tick_of_several_writers(triggers: TriggerStream, followers: list[str]) -> None:
     """Nobody ships while they write: everything stands between two snapshots, in an order that fits."""
-    triggers.run(TABLES)
+    triggers.run(TABLES, f"ALTER DATABASE {triggers.slot} SET deadlock_timeout = '30ms'")
     triggers.setup()
     triggers.carry(*followers)
     write_beside(triggers.leader, writers=6, transactions=60)
@@ -74,7 +80,7 @@ def test_one_tick_of_several_writers(triggers: TriggerStream, followers: list[st
 
 def test_killed_at_random_under_load(triggers: TriggerStream, new_follower: FollowerFactory) -> None:
     dice = random.Random(1)
-    triggers.run(TABLES)
+    triggers.run(TABLES, f"ALTER DATABASE {triggers.slot} SET deadlock_timeout = '30ms'")
     triggers.setup()
     follower = new_follower("postgresql")
     deadline = time.monotonic() + 12
@@ -154,7 +160,7 @@ def test_killed_in_the_middle_of_a_tick(triggers: TriggerStream, followers: list
 
 
 def test_the_whole_topic_again_changes_nothing(triggers: TriggerStream, followers: list[str]) -> None:
-    triggers.run(TABLES)
+    triggers.run(TABLES, f"ALTER DATABASE {triggers.slot} SET deadlock_timeout = '30ms'")
     triggers.setup()
     triggers.carry(*followers)
     Writer(triggers.leader, 8).write(60)
@@ -245,8 +251,8 @@ def test_counters_and_balances_hold_at_every_commit(triggers: TriggerStream, new
                 one, other = sorted(dice.sample(range(1, 11), 2))
                 with connection.transaction():
                     connection.execute("UPDATE account SET balance = balance - 7 WHERE id = %s", (one,))
-                    connection.execute("UPDATE counter SET n = n + 1 WHERE id = %s", (dice.randrange(3) + 1,))
                     connection.execute("UPDATE account SET balance = balance + 7 WHERE id = %s", (other,))
+                    connection.execute("UPDATE counter SET n = n + 1 WHERE id = %s", (dice.randrange(3) + 1,))
 
     threads = [threading.Thread(target=transfer, args=(seed,)) for seed in range(8)]
     seen: list[tuple[Any, ...]] = []
@@ -310,21 +316,50 @@ def _asleep(stream: TriggerStream) -> None:
     )
 
 
-def test_a_writer_wakes_the_shipper(triggers: TriggerStream, monkeypatch: pytest.MonkeyPatch) -> None:
-    from shippers.postgresql import trigger
+@pytest.fixture(scope="module")
+def plain() -> Iterator[EmbeddedPostgres]:
+    """A server as it comes: without what logical decoding needs, and without prepared transactions."""
+    with EmbeddedPostgres(18, settings={"wal_level": "replica", "fsync": "off"}) as server:
+        yield server
 
-    monkeypatch.setattr(trigger, "IDLE_S", 60)
-    triggers.run("CREATE TABLE t (id int PRIMARY KEY)")
-    triggers.setup()
-    triggers.ship()
-    with triggers.shipping():
-        _asleep(triggers)
+
+def test_a_writer_wakes_the_shipper(
+    plain: EmbeddedPostgres, database: DatabaseFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trigger, "IDLE_S", 30)
+    stream = TriggerStream.of(database(plain), tmp_path)
+    stream.run("CREATE TABLE t (id int PRIMARY KEY)")
+    stream.setup()
+    stream.ship()
+    with stream.shipping():
         for number in range(3):
-            before = triggers.bounds()[1]
-            triggers.run(f"INSERT INTO t VALUES ({number})")
-            eventually(partial(_longer, triggers, before), 5)
+            _asleep(stream)
+            before = stream.bounds()[1]
+            stream.run(f"INSERT INTO t VALUES ({number})")
+            eventually(partial(_longer, stream, before), 5)
         monkeypatch.undo()
-        triggers.run("INSERT INTO t VALUES (9)")
+        stream.run("INSERT INTO t VALUES (9)")
+
+
+def test_as_an_ordinary_role_on_a_server_as_it_comes(
+    plain: EmbeddedPostgres, database: DatabaseFactory, tmp_path: Path, followers: list[str]
+) -> None:
+    """Neither REPLICATION nor wal_level, and no superuser."""
+    stream = TriggerStream.of(database(plain), tmp_path)
+    role = f"owner_{stream.slot}"
+    stream.run(f"CREATE ROLE {role} LOGIN", f"ALTER DATABASE {stream.slot} OWNER TO {role}")
+    mine = plain.url(stream.slot, role)
+    stream.leader = mine
+    stream.run(
+        "CREATE SCHEMA mine", "CREATE TABLE mine.t (id int PRIMARY KEY, v text)", "INSERT INTO mine.t VALUES (1)"
+    )
+    stream.setup()
+    stream.carry(*followers)
+    stream.run("INSERT INTO mine.t VALUES (2)", "UPDATE mine.t SET v = 'x'", "UPDATE mine.t SET id = 3 WHERE id = 1")
+    stream.carry(*followers)
+    stream.assert_equal(*followers)
+    stream.teardown()
+    run(plain.url(stream.slot), f"REASSIGN OWNED BY {role} TO postgres")
 
 
 # What is kept, and how much is held.
@@ -386,17 +421,20 @@ def test_what_was_shipped_is_not_read_again(triggers: TriggerStream) -> None:
     triggers.ship()
     forget(triggers)  # summarizes
     triggers.run("INSERT INTO t VALUES (-1, 'new')")
-    from shippers.postgresql.trigger import _beyond
-
-    with psycopg.connect(triggers.leader, autocommit=True) as connection:
-        row = connection.execute(f"SELECT snapshot::text FROM {triggers.schema}.tick".encode()).fetchone()
-        assert row is not None
-        plans = []
+    [(snapshot,)] = psycopg.connect(triggers.leader).execute(
+        f"SELECT snapshot::text FROM {triggers.schema}.tick".encode()
+    )
+    plans = []
+    with closing(trigger.TriggerShipper.open(triggers.leader, triggers.schema)) as shipper:
+        ticks = shipper._catalog.execute(f"SELECT snapshot::text FROM {triggers.schema}.tick".encode()).fetchall()
+        [(snapshot,)] = ticks
         for slot in (0, 1):
             table = f"{triggers.schema}.change_{slot}"
-            explain = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT TEXT) SELECT * FROM {table} WHERE {_beyond(row[0])}"
-            plans.append("\n".join(line for (line,) in connection.execute(explain.encode()).fetchall()))
-    assert any("Bitmap" in plan and "rows=1" in plan for plan in plans), plans
+            explain = f"EXPLAIN (ANALYZE, BUFFERS) SELECT * FROM {table} WHERE {trigger._beyond(snapshot)}"
+            plans.append("\n".join(line for (line,) in shipper._catalog.execute(explain.encode()).fetchall()))
+    assert all("Bitmap Index Scan" in plan and "Seq Scan" not in plan for plan in plans)
+    read = sum(int(blocks) for plan in plans for blocks in re.findall(r"Heap Blocks: lossy=(\d+)", plan))
+    assert 0 < read < 100, plans
 
 
 @pytest.mark.parametrize("kind", FOLLOWERS)
