@@ -141,8 +141,10 @@ class TriggerShipper:
         """The tick that ``after`` has whole.
 
         :raises GapError: the leader does not know it any more.
+        :raises ConfigurationError: a table's writes may have been missed.
         """
         self._leader.check_history(after, lambda _: after.lsn)
+        self._check_triggers()
         number, part = after.lsn >> ORDINAL_BITS, after.lsn & _ORDINALS
         ticks = self._ticks("WHERE id >= %(from)s ORDER BY id LIMIT 2", number)
         if not ticks or ticks[0].number != number or (part and len(ticks) < 2):
@@ -427,6 +429,11 @@ class _Described:
 
     @property
     def origins(self) -> list[int]:
+        if not self._known:
+            query = f"""
+                SELECT DISTINCT ON (origin) description FROM {identifier(self._schema)}.shape ORDER BY origin, tick DESC
+            """
+            self.note([Captured.from_json(row.description) for row in fetch(self._catalog, query)])
         return list(self._known)
 
     def changed(self) -> list[Captured]:
@@ -434,11 +441,6 @@ class _Described:
         now = capture.fingerprint(self._catalog, self.origins)
         if now == self._fingerprint:
             return []
-        if not self._known:
-            query = f"""
-                SELECT DISTINCT ON (origin) description FROM {identifier(self._schema)}.shape ORDER BY origin, tick DESC
-            """
-            self.note([Captured.from_json(row.description) for row in fetch(self._catalog, query)])
         found = [
             captured
             for captured in capture.describe_captured(self._catalog, self._schema)

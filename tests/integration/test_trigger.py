@@ -290,7 +290,7 @@ def test_changes_of_prepared_transactions(triggers: TriggerStream, followers: li
         before = triggers.bounds()[1]
         triggers.run("INSERT INTO t VALUES (0)")
         eventually(partial(_longer, triggers, before))
-        _asleep(triggers)
+        asleep(triggers)
         for gid in ("kept", "refused"):
             with psycopg.connect(triggers.leader) as connection:
                 connection.execute("INSERT INTO t VALUES (%s)", (len(gid),))
@@ -303,7 +303,7 @@ def test_changes_of_prepared_transactions(triggers: TriggerStream, followers: li
     triggers.assert_equal(*followers)
 
 
-def _asleep(stream: TriggerStream) -> None:
+def asleep(stream: TriggerStream) -> None:
     """Wait until the shipper is, and writers wake it."""
     eventually(
         lambda: (
@@ -333,7 +333,7 @@ def test_a_writer_wakes_the_shipper(
     stream.ship()
     with stream.shipping():
         for number in range(3):
-            _asleep(stream)
+            asleep(stream)
             before = stream.bounds()[1]
             stream.run(f"INSERT INTO t VALUES ({number})")
             eventually(partial(_longer, stream, before), 5)

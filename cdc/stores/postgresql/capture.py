@@ -647,15 +647,17 @@ def capture_status(connection: Connection, schema: str) -> CaptureStatus:
     both = " UNION ALL ".join(f"SELECT xid FROM {s}.{sql.change_table(slot)}" for slot in sql.SLOTS)
     sizes = " + ".join(f"pg_total_relation_size({literal(f'{s}.{sql.change_table(slot)}')})" for slot in sql.SLOTS)
     query = f"""
-        WITH t AS (SELECT id, snapshot::text::txid_snapshot AS seen, made FROM {s}.tick ORDER BY id DESC LIMIT 1)
+        WITH t AS (SELECT id, snapshot::text::txid_snapshot AS seen, made FROM {s}.tick ORDER BY id DESC LIMIT 1),
+             o AS (SELECT xact_start AS since FROM pg_stat_activity
+                   WHERE backend_xid IS NOT NULL AND pid <> pg_backend_pid() AND datname = current_database()
+                   UNION ALL SELECT prepared FROM pg_prepared_xacts WHERE database = current_database())
         SELECT (SELECT id FROM t) AS tick,
                (SELECT extract(epoch FROM clock_timestamp() - made)::float8 FROM t) AS tick_age_s,
                (SELECT count(*) FROM ({both}) c
                 WHERE NOT EXISTS (SELECT FROM t WHERE txid_visible_in_snapshot(c.xid, t.seen)))::int8 AS changes,
                ({sizes})::int8 AS size_bytes,
-               (SELECT count(*) FROM pg_snapshot_xip(pg_current_snapshot()))::int8 AS open_transactions,
-               (SELECT extract(epoch FROM clock_timestamp() - min(xact_start))::float8 FROM pg_stat_activity
-                WHERE backend_xid IS NOT NULL AND pid <> pg_backend_pid()) AS oldest_transaction_s
+               (SELECT count(*) FROM o)::int8 AS open_transactions,
+               (SELECT extract(epoch FROM clock_timestamp() - min(since))::float8 FROM o) AS oldest_transaction_s
     """
     [row] = fetch(connection, query)
     return CaptureStatus(
