@@ -210,7 +210,7 @@ class TriggerStream(Stream):
     def names(self) -> setup.Names:
         return setup.Names(STREAM, PUBLICATION, self.slot)
 
-    def setup(self, *, as_role: str | None = None, **asked: Any) -> Self:  # type: ignore[override]
+    def setup(self, *, as_role: str | None = None, **asked: Any) -> Self:
         """As `cdc setup --format trigger` does. ``as_role`` is the URL of another role than the leader's."""
         with connect(as_role or self.leader) as connection:
             setup.run(connection, capture.plan_setup(connection, self.names, **asked))
