@@ -79,8 +79,10 @@ class _Narrowed:
         missing = self._missing(rows.relation)
         if not missing:
             return rows
-        if missing & set(rows.match):
-            names = ", ".join(repr(rows.relation.columns[index].name) for index in sorted(missing & set(rows.match)))
+        columns = rows.relation.columns
+        key = {index for index, column in enumerate(columns) if column.name in rows.relation.primary_key}
+        if needed := missing & (key | set(rows.match)):
+            names = ", ".join(repr(columns[index].name) for index in sorted(needed))
             raise SchemaError(
                 f"the follower's table {rows.relation.label} lacks {names}, by which its rows are found",
                 remedy="add what is missing to the follower's table; it cannot be left out",

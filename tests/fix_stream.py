@@ -26,12 +26,13 @@ from cdc.ports import Broker, Follower, Progress, Shipper, Store
 from cdc.record import Checkpoint, Relation
 from cdc.stores import sqlite
 from cdc.stores.embedded import EmbeddedPostgres
-from cdc.stores.postgresql import eyes, setup
+from cdc.stores.postgresql import capture, eyes, setup
 from cdc.stores.postgresql.connect import connect
 from cdc.stores.postgresql.describe import describe
 from cdc.stores.postgresql.follower import connect_follower
 from shippers.postgresql import polling
 from shippers.postgresql.logical import LogicalShipper, Options
+from shippers.postgresql.trigger import TriggerShipper
 from tests.fix_postgresql import DatabaseFactory
 
 ROOT = Path(__file__).parents[1]
@@ -108,6 +109,9 @@ class Stream:
 
     # The two loops.
 
+    def shipper(self, leader: str) -> Shipper:
+        return LogicalShipper.open(leader, Options(PUBLICATION, self.slot, **self.options))
+
     def ship(
         self,
         *,
@@ -120,7 +124,7 @@ class Stream:
     ) -> None:
         def shipper() -> Shipper:
             if poll_s is None:
-                return LogicalShipper.open(leader or self.leader, Options(PUBLICATION, self.slot, **self.options))
+                return self.shipper(leader or self.leader)
             polled = polling.Options(PUBLICATION, self.slot, poll_s=poll_s, **self.options)
             return polling.PollingShipper.open(leader or self.leader, polled)
 
@@ -174,6 +178,7 @@ class Stream:
     ) -> "subprocess.Popen[str]":
         """One of the loops in a process of its own, which runs ``code`` first."""
         order = {
+            "kind": type(self).__name__,
             "stream": [self.leader, self.broker, self.slot, self.options],
             "what": what,
             "code": code,
@@ -200,6 +205,43 @@ class Stream:
         for follower in followers:
             found = differences(self.leader, follower, relations)
             assert not found, f"{follower}: {found}"
+
+
+class TriggerStream(Stream):
+    """The same of a trigger log."""
+
+    @property
+    def schema(self) -> str:
+        return capture.schema_of(self.slot)
+
+    @property
+    def names(self) -> setup.Names:
+        return setup.Names(STREAM, PUBLICATION, self.slot)
+
+    def setup(self, *, as_role: str | None = None, **asked: Any) -> Self:
+        """As `cdc setup --format trigger` does. ``as_role`` is the URL of another role than the leader's."""
+        with connect(as_role or self.leader) as connection:
+            setup.run(connection, capture.plan_setup(connection, self.names, **asked))
+        return self
+
+    def teardown(self) -> None:
+        with connect(self.leader) as connection:
+            setup.run(connection, capture.plan_teardown(connection, self.names))
+
+    def relations(self) -> list[Relation]:
+        with connect(self.leader) as connection:
+            found = capture.describe_captured(connection, self.schema)
+        return [each.relation for each in found if each.origin == each.relation.id]
+
+    def shipper(self, leader: str) -> Shipper:
+        return TriggerShipper.open(leader, self.schema)
+
+    def heal(self, *followers: str) -> None:
+        """What the remedies say."""
+        self.setup()
+        self.ship(image="new")
+        for follower in followers:
+            self.apply(follower, reload=True)
 
 
 class Background:
@@ -336,12 +378,19 @@ def stream(postgres18: EmbeddedPostgres, database: DatabaseFactory, tmp_path: Pa
     return Stream.of(database(postgres18), tmp_path)
 
 
+@pytest.fixture
+def triggers(postgres: EmbeddedPostgres, database: DatabaseFactory, tmp_path: Path) -> TriggerStream:
+    """As ``stream``, of a trigger log, on the server that ``postgres_major`` gives."""
+    return TriggerStream.of(database(postgres), tmp_path)
+
+
 def _main() -> None:
     order = json.loads(sys.argv[1])
     exec(order["code"], {})  # noqa: S102
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    stream = Stream(*order["stream"])
+    kinds = {kind.__name__: kind for kind in (Stream, TriggerStream)}
+    stream = kinds[order["kind"]](*order["stream"])
     before_mb = _peak_mb()
     try:
         (stream.ship if order["what"] == "ship" else stream.apply)(stop=stop, **order["arguments"])

@@ -6,7 +6,8 @@ change tables, which take turns, so that the other one can be emptied by TRUNCAT
 ========== ===========================================================================================================
 ``xid``    the transaction, as ``txid_current()``
 ``here``   where the WAL stood when the statement ended: of two changes of one row the earlier has the lower
-``began``  where it stood when the statement began, told only where that decides about the order
+``began``  where it stood when the statement began, told only where that decides about the order; where triggers of
+           others may do something inside of it, where it stood when its own rows were written and none had fired after
 ``origin`` the table or partition that the statement named
 ``depth``  ``pg_trigger_depth()`` where statements may stand inside each other, else 0
 ``op``     I, U (new rows), D (old rows), T (TRUNCATE), or ``!``: the statement was not captured, ``data`` says why
@@ -27,7 +28,7 @@ https://www.postgresql.org/docs/current/plpgsql-trigger.html,
 https://www.postgresql.org/docs/current/sql-createtrigger.html
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Final, NamedTuple
 
 from cdc.sql.quote import identifier, literal, qualified
@@ -39,12 +40,28 @@ _LARGE_BYTES: Final = 1_000_000
 _TURN_BYTES: Final = 64 << 20  # after so many, or
 _TURN_MINUTES: Final = 10  # so long, it is the other change table's turn
 
+# What of a session changes how values print; https://www.postgresql.org/docs/current/runtime-config-client.html
+PRINTING: Final[Mapping[str, str]] = {
+    "DateStyle": "ISO,YMD",
+    "IntervalStyle": "postgres",
+    "TimeZone": "UTC",
+    "extra_float_digits": "1",
+    "bytea_output": "hex",
+    "standard_conforming_strings": "on",
+    "lc_monetary": "C",
+    "xmloption": "content",
+    "array_nulls": "on",
+    "transform_null_equals": "off",
+}
+NO_SETTINGS: Final[Mapping[str, str]] = {}
+
 
 class Table(NamedTuple):
     """A table or partition to be given triggers.
 
     ``key``: its columns, where it is captured plainly; none where it is wholly. ``expressions``: what of a row is
-    captured, over the alias ``n``, None for all; ``condition``: of which rows.
+    captured, over the alias ``n``, None for all; ``condition``: of which rows. ``nesting``: triggers of others, or
+    foreign keys, may change it while a statement of its own runs; what its partitions have of it is its own.
     """
 
     id: int
@@ -53,6 +70,7 @@ class Table(NamedTuple):
     key: tuple[str, ...] = ()
     expressions: tuple[str, ...] | None = None
     condition: str = ""
+    nesting: bool = False
 
     @property
     def shaped(self) -> bool:
@@ -97,7 +115,7 @@ _TABLES: Final = (
     columns text[], masks text[], condition text NOT NULL, triggers text NOT NULL)""",
     "CREATE TABLE {s}.turn (slot int4 NOT NULL, since timestamptz NOT NULL)",
     "INSERT INTO {s}.turn VALUES (0, clock_timestamp())",
-    "CREATE TABLE {s}.source (called text PRIMARY KEY, body text NOT NULL)",
+    "CREATE TABLE {s}.source (called text PRIMARY KEY, settings text NOT NULL, body text NOT NULL)",
     "CREATE TABLE {s}.granted (revoke text NOT NULL)",
     "CREATE TABLE {s}.secret (salt bytea NOT NULL)",
     "INSERT INTO {s}.secret SELECT sha256(string_agg(uuid_send(gen_random_uuid()), '')) FROM generate_series(1, 4)",
@@ -119,12 +137,13 @@ def _functions(schema: str, wake: int) -> Iterator[str]:
     yield f"SELECT {s}.turn_to(0)"
 
 
-def _capturing(schema: str, called: str, body: str) -> Iterator[str]:
+def _capturing(schema: str, called: str, body: str, settings: Mapping[str, str] = NO_SETTINGS) -> Iterator[str]:
     """A function that writes into the change table whose turn it is, by its body for the first one."""
+    pinned = " ".join(f"SET {name} = {literal(value)}" for name, value in settings.items())
     yield _function(schema, f"{called}()", "trigger", "BEGIN RETURN NULL; END")
     yield (
-        f"INSERT INTO {identifier(schema)}.source VALUES ({literal(called)}, {literal(body)})"
-        " ON CONFLICT (called) DO UPDATE SET body = excluded.body"
+        f"INSERT INTO {identifier(schema)}.source VALUES ({literal(called)}, {literal(pinned)}, {literal(body)})"
+        " ON CONFLICT (called) DO UPDATE SET settings = excluded.settings, body = excluded.body"
     )
 
 
@@ -142,7 +161,7 @@ def create_triggers(schema: str, owner: str, wake: int, table: Table) -> str:
         statements = [
             f"SET LOCAL ROLE {identifier(owner)}",
             f"DROP FUNCTION IF EXISTS {s}.{called}() CASCADE",
-            *_capturing(schema, called, _whole(schema, wake, table)),
+            *_capturing(schema, called, _whole(schema, wake, table), PRINTING),
             f"SELECT {s}.turn_to(slot) FROM {s}.turn",
             "RESET ROLE",
         ]
@@ -161,6 +180,15 @@ def create_triggers(schema: str, owner: str, wake: int, table: Table) -> str:
         ]
     else:
         triggers.append(("begin", f"BEFORE INSERT OR UPDATE OR DELETE ON {name}", "begin('cdc.began')"))
+    if table.nesting:
+        # Only the statement's first row queues an event, which is the first to fire once all rows are written.
+        mark = "'cdc.writing' || pg_trigger_depth() + 1"
+        written = f"current_setting({mark}, true) = '' AND set_config({mark}, '1', true) = '1'"
+        statements += [
+            f"DROP TRIGGER IF EXISTS {_first_trigger(schema)} ON {name}",
+            f"CREATE TRIGGER {_first_trigger(schema)} AFTER INSERT OR UPDATE OR DELETE ON {name} FOR EACH ROW"
+            f" WHEN ({written}) EXECUTE FUNCTION {s}.begin('cdc.began')",
+        ]
     return "; ".join(
         [
             *statements,
@@ -175,6 +203,10 @@ def create_triggers(schema: str, owner: str, wake: int, table: Table) -> str:
 
 
 _KINDS: Final = ("insert", "update", "delete", "truncate", "begin", "deletes", "moves")
+
+
+def _first_trigger(schema: str) -> str:
+    return identifier(f"!{schema}"[:63])
 
 
 def trigger_name(schema: str, kind: str) -> str:
@@ -299,7 +331,10 @@ def _wake(schema: str, wake: int) -> str:
     lock = str(wake)
     return f"""
     IF NOT (pg_try_advisory_lock_shared({lock}) AND pg_advisory_unlock_shared({lock})) THEN
-        PERFORM pg_notify({literal(schema)}, '');
+        -- What has sent a notification cannot be prepared: where that may come, the shipper looks for itself.
+        IF current_setting('max_prepared_transactions') = '0' THEN
+            PERFORM pg_notify({literal(schema)}, '');
+        END IF;
     END IF;"""
 
 
@@ -368,6 +403,9 @@ BEGIN
             nullif(current_setting(TG_ARGV[1] || pg_trigger_depth(), true), ''),
             pg_current_wal_insert_lsn()::text), true);
     ELSE
+        IF TG_WHEN = 'BEFORE' THEN
+            PERFORM set_config('cdc.writing' || pg_trigger_depth(), '', true);
+        END IF;
         PERFORM set_config(TG_ARGV[0] || pg_trigger_depth(), pg_current_wal_insert_lsn()::text, true);
     END IF;
     RETURN NULL;
@@ -393,9 +431,9 @@ DECLARE
     tables text[] := ARRAY[{tables}];
     each record;
 BEGIN
-    FOR each IN SELECT called, replace(body, tables[1], tables[slot + 1]) AS body FROM {s}.source LOOP
+    FOR each IN SELECT called, settings, replace(body, tables[1], tables[slot + 1]) AS body FROM {s}.source LOOP
         EXECUTE format('CREATE OR REPLACE FUNCTION {s}.%I() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER '
-            'SET search_path = pg_catalog, pg_temp AS %L', each.called, each.body);
+            'SET search_path = pg_catalog, pg_temp %s AS %L', each.called, each.settings, each.body);
     END LOOP;
     UPDATE {s}.turn t SET slot = $1, since = clock_timestamp();
 END"""

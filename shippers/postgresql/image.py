@@ -21,6 +21,7 @@ from cdc.errors import TransientError
 from cdc.ports import ImageChunk
 from cdc.position import Position, parse_lsn
 from cdc.record import ChunkPlan, Relation
+from cdc.sql.capture import parenthesized
 from cdc.sql.quote import identifier, literal, qualified
 from cdc.stores.postgresql.connect import Connection, connect, translate, translated
 from cdc.stores.postgresql.describe import describe, filters
@@ -222,7 +223,7 @@ _REWRITTEN: Final = """
 
 
 def _sources(connection: Connection, scope: Scope, relations: Sequence[Relation], *, text: bool) -> dict[int, _Source]:
-    where = {id_: f"({condition})" for id_, condition in scope.conditions(connection).items()}
+    where = {id_: parenthesized(condition) for id_, condition in scope.conditions(connection).items()}
     with translated():
         rows = connection.execute(
             """

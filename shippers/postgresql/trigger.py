@@ -35,6 +35,7 @@ from shippers.postgresql.leader import IDLE_S, Leader
 
 _ORDINALS: Final = (1 << ORDINAL_BITS) - 1
 TICK_S: Final = 0.01  # between two ticks at least: what is committed meanwhile shares the next
+UNWOKEN_S: Final = 0.05
 _FORGET_S: Final = 1.0
 _SORT_MEMORY: Final = "64MB"
 _ANEW: Final = "take a new image with `cdc ship --image new`, then load it with `cdc apply --reload`"
@@ -66,6 +67,9 @@ class TriggerShipper:
         self._confirmed = 0
         self._forget_due = 0.0
         self._asleep = False
+        # Where transactions may be prepared none of them wakes us (cdc.sql.capture).
+        [row] = fetch(leader.catalog, "SELECT current_setting('max_prepared_transactions') = '0' AS wakes")
+        self._sleep_s = IDLE_S if row.wakes else UNWOKEN_S
 
     @classmethod
     def open(cls, url: str, schema: str) -> "TriggerShipper":
@@ -78,7 +82,8 @@ class TriggerShipper:
         try:
             capture.fetch_captured(leader.catalog, schema)
             with translated():
-                leader.catalog.execute(f"SET work_mem = '{_SORT_MEMORY}'".encode())
+                # Nothing is known of the change tables' contents, which come and go: the index it is to be.
+                leader.catalog.execute(f"SET work_mem = '{_SORT_MEMORY}'; SET enable_seqscan = off".encode())
             return cls(url, schema, leader)
         except BaseException:
             leader.close()
@@ -121,7 +126,7 @@ class TriggerShipper:
             if following is None:
                 yield Heartbeat(self._position(tick.number))
                 self._sleep(wait)
-                wait = IDLE_S
+                wait = self._sleep_s
                 continue
             self._wake()
             due = time.monotonic() + TICK_S
@@ -140,8 +145,10 @@ class TriggerShipper:
         """The tick that ``after`` has whole.
 
         :raises GapError: the leader does not know it any more.
+        :raises ConfigurationError: a table's writes may have been missed.
         """
         self._leader.check_history(after, lambda _: after.lsn)
+        self._check_triggers()
         number, part = after.lsn >> ORDINAL_BITS, after.lsn & _ORDINALS
         ticks = self._ticks("WHERE id >= %(from)s ORDER BY id LIMIT 2", number)
         if not ticks or ticks[0].number != number or (part and len(ticks) < 2):
@@ -311,6 +318,7 @@ class _Reader:
         self._shapes = shapes
         self._first: _Change | None = first
         self._rest = rest
+        self._emptied: set[int] = set()  # relations that nothing was written to since
 
     def runs(self) -> Iterator[Run]:
         relations: dict[int, Relation] = {}
@@ -344,8 +352,13 @@ class _Reader:
     def _messages(self, change: _Change, captured: Captured) -> Iterator[bytes]:
         relation = captured.relation
         if change.op == b"T":
-            yield record.truncate([relation.id])
+            # The TRUNCATE of a partitioned table is told by each of its partitions, too.
+            if relation.id not in self._emptied:
+                _check_whole(captured)
+                self._emptied.add(relation.id)
+                yield record.truncate([relation.id])
             return
+        self._emptied.discard(relation.id)
         rows = record.rows(change.data, captured.layout)
         if change.op == b"D":
             for row in rows:
@@ -397,6 +410,11 @@ class _Described:
 
     @property
     def origins(self) -> list[int]:
+        if not self._known:
+            query = f"""
+                SELECT DISTINCT ON (origin) description FROM {identifier(self._schema)}.shape ORDER BY origin, tick DESC
+            """
+            self.note([Captured.from_json(row.description) for row in fetch(self._catalog, query)])
         return list(self._known)
 
     def changed(self) -> list[Captured]:
@@ -404,11 +422,6 @@ class _Described:
         now = capture.fingerprint(self._catalog, self.origins)
         if now == self._fingerprint:
             return []
-        if not self._known:
-            query = f"""
-                SELECT DISTINCT ON (origin) description FROM {identifier(self._schema)}.shape ORDER BY origin, tick DESC
-            """
-            self.note([Captured.from_json(row.description) for row in fetch(self._catalog, query)])
         found = [
             captured
             for captured in capture.describe_captured(self._catalog, self._schema)
@@ -478,7 +491,7 @@ class _Shapes:
                 remedy=f"mend --columns, --mask or --where of {label}: {_SET_UP_ANEW}",
             )
         if change.op == b"T":
-            return _emptied(known.now)
+            return known.now
         types = record.type_oids(change.data)
         found = self._found.get((change.origin, types))
         if found is None:
@@ -503,7 +516,7 @@ class _Shapes:
         )
 
 
-def _emptied(captured: Captured) -> Captured:
+def _check_whole(captured: Captured) -> None:
     """
     :raises GapError: only a partition was: which rows those were is not told.
     """
@@ -512,4 +525,3 @@ def _emptied(captured: Captured) -> Captured:
             f"a partition of {captured.relation.label} was truncated: followers, with one table, cannot tell its rows",
             remedy=f"DELETE from a partition instead of TRUNCATE; now {_ANEW}",
         )
-    return captured

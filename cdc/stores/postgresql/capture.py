@@ -320,6 +320,7 @@ def _checked(connection: Connection, row: Any, schema: str, shape: Shape) -> _Wa
             tuple(row.key) if plain else (),
             expressions,
             shape.condition,
+            row.nesting and id_ == row.id,
         )
         for id_ in row.partitions or [row.id]
     )
@@ -562,10 +563,11 @@ _ATTRIBUTES: Final[LiteralString] = """
 
 
 def _keyed(relation: Relation, key: Sequence[str]) -> Relation:
-    """By what triggers find its rows, whatever its replica identity is."""
+    """By what triggers find its rows, whatever its replica identity is; a key that is checked late is none."""
     identity = "f" if not key else "d" if tuple(key) == relation.primary_key else "i"
     columns = tuple(replace(column, key=not key or column.name in key) for column in relation.columns)
-    return replace(relation, identity=identity, columns=columns)
+    primary_key = relation.primary_key if identity == "d" else ()
+    return replace(relation, identity=identity, columns=columns, primary_key=primary_key)
 
 
 def _described(schema: str, noted: Any, relation: Relation, origin: int, attributes: Sequence[Any]) -> Captured:
@@ -644,15 +646,17 @@ def capture_status(connection: Connection, schema: str) -> CaptureStatus:
     both = " UNION ALL ".join(f"SELECT xid FROM {s}.{sql.change_table(slot)}" for slot in sql.SLOTS)
     sizes = " + ".join(f"pg_total_relation_size({literal(f'{s}.{sql.change_table(slot)}')})" for slot in sql.SLOTS)
     query = f"""
-        WITH t AS (SELECT id, snapshot::text::txid_snapshot AS seen, made FROM {s}.tick ORDER BY id DESC LIMIT 1)
+        WITH t AS (SELECT id, snapshot::text::txid_snapshot AS seen, made FROM {s}.tick ORDER BY id DESC LIMIT 1),
+             o AS (SELECT xact_start AS since FROM pg_stat_activity
+                   WHERE backend_xid IS NOT NULL AND pid <> pg_backend_pid() AND datname = current_database()
+                   UNION ALL SELECT prepared FROM pg_prepared_xacts WHERE database = current_database())
         SELECT (SELECT id FROM t) AS tick,
                (SELECT extract(epoch FROM clock_timestamp() - made)::float8 FROM t) AS tick_age_s,
                (SELECT count(*) FROM ({both}) c
                 WHERE NOT EXISTS (SELECT FROM t WHERE txid_visible_in_snapshot(c.xid, t.seen)))::int8 AS changes,
                ({sizes})::int8 AS size_bytes,
-               (SELECT count(*) FROM pg_snapshot_xip(pg_current_snapshot()))::int8 AS open_transactions,
-               (SELECT extract(epoch FROM clock_timestamp() - min(xact_start))::float8 FROM pg_stat_activity
-                WHERE backend_xid IS NOT NULL AND pid <> pg_backend_pid()) AS oldest_transaction_s
+               (SELECT count(*) FROM o)::int8 AS open_transactions,
+               (SELECT extract(epoch FROM clock_timestamp() - min(since))::float8 FROM o) AS oldest_transaction_s
     """
     [row] = fetch(connection, query)
     return CaptureStatus(

@@ -27,22 +27,14 @@ from cdc.errors import (
     UnavailableError,
     UsageError,
 )
+from cdc.sql.capture import PRINTING
 
 Connection = psycopg.Connection[TupleRow]
 
 # https://www.postgresql.org/docs/current/runtime-config-client.html
 SETTINGS: Final[Mapping[str, str]] = {
     "search_path": "pg_catalog",
-    "DateStyle": "ISO,YMD",
-    "IntervalStyle": "postgres",
-    "TimeZone": "UTC",
-    "extra_float_digits": "1",
-    "bytea_output": "hex",
-    "standard_conforming_strings": "on",
-    "lc_monetary": "C",
-    "xmloption": "content",
-    "array_nulls": "on",
-    "transform_null_equals": "off",
+    **PRINTING,
     # A policy that hides rows from us would be a silent loss: fail instead.
     "row_security": "off",
     "default_transaction_isolation": "read\\ committed",

@@ -8,6 +8,7 @@ from cdc.codec import progress_from_json
 from cdc.errors import SchemaError
 from cdc.position import Position, parse_lsn
 from cdc.record import Checkpoint, Column, Relation
+from cdc.sql.capture import parenthesized
 from cdc.sql.quote import identifier, qualified
 from cdc.stores.postgresql.connect import Connection, connect, fetch, source_of, translated
 from cdc.wire.oids import MONEY
@@ -131,7 +132,7 @@ class PostgresStore:
         table = qualified(relation.schema, relation.name)
         rows = f"{table} n" if found[0].kind == "p" else f"ONLY {table} n"
         condition = self.conditions.get(relation.id)
-        return f"{rows} WHERE ({condition})" if condition else rows
+        return f"{rows} WHERE {parenthesized(condition)}" if condition else rows
 
 
 def _shown(column: Column) -> str:
