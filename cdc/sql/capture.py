@@ -308,7 +308,8 @@ def _whole(schema: str, wake: int, table: Table | None = None) -> str:
 #variable_conflict use_column
 DECLARE
     here pg_lsn := pg_current_wal_insert_lsn();
-    began pg_lsn := nullif(current_setting('cdc.began' || pg_trigger_depth(), true), '')::pg_lsn;
+    began pg_lsn := CASE WHEN TG_OP <> 'TRUNCATE' THEN -- which is not marked as it begins
+        nullif(current_setting('cdc.began' || pg_trigger_depth(), true), '')::pg_lsn END;
 BEGIN{body}{_wake(schema, wake)}
     RETURN NULL;
 END"""
