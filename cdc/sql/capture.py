@@ -62,6 +62,8 @@ class Table(NamedTuple):
     ``key``: its columns, where it is captured plainly; none where it is wholly. ``expressions``: what of a row is
     captured, over the alias ``n``, None for all; ``condition``: of which rows. ``nesting``: triggers of others, or
     foreign keys, may change it while a statement of its own runs; what its partitions have of it is its own.
+    ``looping``: foreign keys lead back to it, and what they do to it within a statement stands among that statement's
+    own rows.
     """
 
     id: int
@@ -71,6 +73,7 @@ class Table(NamedTuple):
     expressions: tuple[str, ...] | None = None
     condition: str = ""
     nesting: bool = False
+    looping: bool = False
 
     @property
     def shaped(self) -> bool:
@@ -134,6 +137,7 @@ def _functions(schema: str, wake: int) -> Iterator[str]:
     yield _function(schema, "forget(upto int8)", "void", _FORGET.format(s=s, tables=", ".join(tables), **limits))
     yield from _capturing(schema, "capture", _plain(schema, wake))
     yield from _capturing(schema, "capture_whole", _whole(schema, wake))
+    yield from _capturing(schema, "capture_looping", _whole(schema, wake, looping=True))
     yield f"SELECT {s}.turn_to(0)"
 
 
@@ -156,12 +160,14 @@ def create_triggers(schema: str, owner: str, wake: int, table: Table) -> str:
     """The triggers of a table, and its function where only a part of it is captured. Several statements, as one."""
     s, name = identifier(schema), qualified(table.schema, table.name)
     called = f"capture_{table.id}" if table.shaped else "capture" if table.key else "capture_whole"
+    if table.looping and not table.shaped:
+        called = "capture_looping"
     statements = []
     if table.shaped:
         statements = [
             f"SET LOCAL ROLE {identifier(owner)}",
             f"DROP FUNCTION IF EXISTS {s}.{called}() CASCADE",
-            *_capturing(schema, called, _whole(schema, wake, table), PRINTING),
+            *_capturing(schema, called, _whole(schema, wake, table, looping=table.looping), PRINTING),
             f"SELECT {s}.turn_to(slot) FROM {s}.turn",
             "RESET ROLE",
         ]
@@ -293,10 +299,10 @@ BEGIN
 END"""
 
 
-def _whole(schema: str, wake: int, table: Table | None = None) -> str:
+def _whole(schema: str, wake: int, table: Table | None = None, *, looping: bool = False) -> str:
     """The statement trigger of a table that is captured wholly; of ``table`` alone where only a part of it is."""
     where, old, new = _Into(schema, "pg_trigger_depth()"), _records(table, "old"), _records(table, "new")
-    body = _each_operation(where, old, new)
+    body = _each_operation(where, old, new, looping=looping)
     if table is not None:
         # Whoever writes must not be stopped by what we do with a part of the row: it is the shipper that stops.
         body = f"""
@@ -315,10 +321,10 @@ BEGIN{body}{_wake(schema, wake)}
 END"""
 
 
-def _each_operation(where: "_Into", old: str, new: str) -> str:
+def _each_operation(where: "_Into", old: str, new: str, *, looping: bool = False) -> str:
     return f"""
         IF TG_OP = 'UPDATE' THEN
-            {where.pairs(old, new)}
+            {where.net(old, new) if looping else where.pairs(old, new)}
         ELSIF TG_OP = 'INSERT' THEN
             {where.chunks("I", new)}
         ELSIF TG_OP = 'DELETE' THEN
@@ -370,6 +376,10 @@ class _Into(NamedTuple):
         """Each old row as gone and each new one as come."""
         both = f"SELECT 'D'::\"char\" AS op, r FROM ({old}) o UNION ALL SELECT 'I', r FROM ({new}) c"
         return f"{self._insert} SELECT {self._head('op')}, r FROM ({both}) s;"
+
+    def net(self, old: str, new: str) -> str:
+        """As :meth:`pairs`, without rows that only stood in between."""
+        return self.pairs(f"({old}) EXCEPT ALL ({new})", f"({new}) EXCEPT ALL ({old})")
 
     def chunks(self, op: str, records: str) -> str:
         """A few rows as one change; where there are more, or large ones, as many as that many bytes make."""

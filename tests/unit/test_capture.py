@@ -119,9 +119,9 @@ def test_names() -> None:
     assert schema_of("shop") == "cdc_shop"
     assert schema_of("cdc_shop") == "cdc_shop"
     assert len(schema_of("x" * 63)) == 63
-    keys = wake_of("cdc_shop")
-    assert keys == wake_of("cdc_shop") != wake_of("cdc_shop2")
-    assert all(-(2**31) <= key < 2**31 for key in keys)
+    key = wake_of("cdc_shop")
+    assert key == wake_of("cdc_shop") != wake_of("cdc_shop2")
+    assert -(2**63) <= key < 2**63
 
 
 def test_what_a_snapshot_does_not_see() -> None:
@@ -143,7 +143,7 @@ def captured(*columns: tuple[str, int, int], highest: int | None = None) -> Capt
     )
     oids = tuple(oid for _, oid, _ in columns)
     return Captured(
-        7, relation, Layout(oids, tuple(range(len(oids)))), highest or max(n for *_, n in columns), keyed=True
+        7, relation, Layout(oids, tuple(range(len(oids)))), highest or max(n for *_, n in columns), plain=True
     )
 
 

@@ -248,8 +248,8 @@ _ROOTS: Final[LiteralString] = """
            EXISTS (SELECT FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
                    WHERE (t.tgrelid = c.oid OR t.tgrelid IN (SELECT relid FROM pg_partition_tree(c.oid)))
                      AND NOT t.tgisinternal AND p.pronamespace IS DISTINCT FROM to_regnamespace(%(schema)s)::oid)
-           OR EXISTS (SELECT FROM reached WHERE root = c.oid AND id = c.oid) AS nesting,
-           -- whether triggers of others, or foreign keys, may change it while a statement of its own runs
+               AS triggered,
+           EXISTS (SELECT FROM reached WHERE root = c.oid AND id = c.oid) AS looping,
            ARRAY(SELECT a.attname::text FROM (
                    SELECT x.indkey::int2[] AS numbers, x.indnkeyatts AS count FROM pg_index x
                    JOIN pg_class i ON i.oid = x.indexrelid
@@ -310,7 +310,7 @@ def _checked(connection: Connection, row: Any, schema: str, shape: Shape) -> _Wa
     expressions = None
     if columns is not None and masks is not None:
         expressions = tuple(sql.masked(schema, column, mask) for column, mask in zip(columns, masks, strict=True))
-    plain = expressions is None and not shape.condition and not row.partitioned and not row.nesting
+    plain = expressions is None and not shape.condition and not (row.partitioned or row.triggered or row.looping)
     names = {each.id: each for each in fetch(connection, _NAMES, [row.partitions or [row.id]])}
     origins = tuple(
         sql.Table(
@@ -320,7 +320,8 @@ def _checked(connection: Connection, row: Any, schema: str, shape: Shape) -> _Wa
             tuple(row.key) if plain else (),
             expressions,
             shape.condition,
-            row.nesting and id_ == row.id,
+            (row.triggered or row.looping) and id_ == row.id,
+            row.looping,
         )
         for id_ in row.partitions or [row.id]
     )
