@@ -6,23 +6,19 @@ change tables, which take turns, so that the other one can be emptied by TRUNCAT
 ========== ===========================================================================================================
 ``xid``    the transaction, as ``txid_current()``
 ``here``   where the WAL stood when the statement ended: of two changes of one row the earlier has the lower
-``began``  where it stood when the statement began, told only where that decides about the order; where triggers of
-           others may do something inside of it, where it stood when its own rows were written and none had fired after
 ``origin`` the table or partition that the statement named
 ``depth``  ``pg_trigger_depth()`` where statements may stand inside each other, else 0
-``op``     I, U (new rows), D (old rows), T (TRUNCATE), or ``!``: the statement was not captured, ``data`` says why
+``op``     I, U (new rows), D (old rows), P (old rows that an UPDATE replaced by others), T (TRUNCATE); B and M are
+           marks, see below; ``!``: the statement was not captured, ``data`` says why
 ``data``   records of ``record_send``, end to end (:mod:`cdc.wire.record`)
 ========== ===========================================================================================================
 
-The order that holds is: ``began``, or where it is not told, ``here``; then ``depth``. Of one statement, what goes comes
-before what changes before what comes.
-
 There are two ways of capturing. *Plainly*, where a table has a key and nobody else's triggers: an UPDATE tells its new
-rows. A statement whose rows may leave their keys (DELETE, an UPDATE that names a key's column, MERGE with either) is
-marked as it begins, by a setting local to the transaction; an UPDATE so marked tells its old rows gone and its new ones
-come. *Wholly*, everywhere else: every statement is marked as it begins, so that what triggers did inside of it comes
-after it, and every UPDATE is told as rows gone and come. Who tampers with those settings disturbs the order of what is
-captured of the own transaction, and no more.
+rows. Where rows may leave their keys (DELETE, an UPDATE that names a key's column, MERGE with either) a mark is left
+as the statement begins: what goes by it went there, before anything else that the statement did. *Wholly*, everywhere
+else: every statement leaves a mark as it begins; where triggers of others may do something inside of it, another one
+when its own rows are written and none of those has fired after; all it did was done at the last. An UPDATE is told as
+rows gone and come. :data:`ORDERED` is the order that follows.
 
 https://www.postgresql.org/docs/current/plpgsql-trigger.html,
 https://www.postgresql.org/docs/current/sql-createtrigger.html
@@ -34,6 +30,20 @@ from typing import Final, NamedTuple
 from cdc.sql.quote import identifier, literal, qualified
 
 SLOTS: Final = (0, 1)
+# Of changes in a relation ``c`` that has ``relation``, the table that an origin is a partition of, beside its columns:
+# all but the marks, the transaction's last place as ``ended``, their own as ``told``. What goes uses a mark up.
+PLACED: Final = """
+    SELECT m.*, max(here) OVER (PARTITION BY xid) AS ended, CASE
+        WHEN op IN ('T', '!') OR mark IS NULL THEN here
+        WHEN depth > 0 OR here = min(here) OVER (PARTITION BY xid, relation, depth, op, mark) THEN mark
+        ELSE here END AS told
+    FROM (
+        SELECT c.*, CASE WHEN depth > 0 OR op = 'D' THEN max(here) FILTER (WHERE op = 'B') OVER before
+                         WHEN op = 'P' THEN max(here) FILTER (WHERE op = 'M') OVER before END AS mark
+        FROM c WINDOW before AS (PARTITION BY xid, relation, depth ORDER BY here)) m
+    WHERE op NOT IN ('B', 'M')
+"""
+ORDERED: Final = "ended, xid, told, depth, CASE op WHEN 'I' THEN 2 WHEN 'U' THEN 1 ELSE 0 END, here"
 _FEW: Final = 50  # rows that share one change without a look at their size
 _CHUNK_BYTES: Final = 7_500  # of rows that share one change otherwise: what fits a page
 _LARGE_BYTES: Final = 1_000_000
@@ -59,6 +69,7 @@ NO_SETTINGS: Final[Mapping[str, str]] = {}
 class Table(NamedTuple):
     """A table or partition to be given triggers.
 
+    ``root``: the table that it is a partition of, itself where it is none.
     ``key``: its columns, where it is captured plainly; none where it is wholly. ``expressions``: what of a row is
     captured, over the alias ``n``, None for all; ``condition``: of which rows. ``nesting``: triggers of others, or
     foreign keys, may change it while a statement of its own runs; what its partitions have of it is its own.
@@ -67,6 +78,7 @@ class Table(NamedTuple):
     """
 
     id: int
+    root: int
     schema: str
     name: str
     key: tuple[str, ...] = ()
@@ -129,12 +141,12 @@ def _functions(schema: str, wake: int) -> Iterator[str]:
     s = identifier(schema)
     tables = [literal(_change(schema, slot)) for slot in SLOTS]
     yield _function(schema, "hashed(value text)", "text", _HASHED.format(s=s), language="sql", kind="STABLE STRICT")
-    yield _function(schema, "begin()", "trigger", _BEGIN)
     tick = "tick(snapshot pg_snapshot, timeline int4, shapes jsonb)"
     yield _function(schema, tick, "int8", _TICK.format(s=s))
     yield _function(schema, "turn_to(slot int4)", "void", _TURN_TO.format(s=s, tables=", ".join(tables)))
     limits = {"bytes": _TURN_BYTES, "minutes": _TURN_MINUTES}
     yield _function(schema, "forget(upto int8)", "void", _FORGET.format(s=s, tables=", ".join(tables), **limits))
+    yield from _capturing(schema, "begin", _begin(schema))
     yield from _capturing(schema, "capture", _plain(schema, wake))
     yield from _capturing(schema, "capture_whole", _whole(schema, wake))
     yield from _capturing(schema, "capture_looping", _whole(schema, wake, looping=True))
@@ -181,11 +193,11 @@ def create_triggers(schema: str, owner: str, wake: int, table: Table) -> str:
     if table.key:
         key = ", ".join(map(identifier, table.key))
         triggers += [
-            ("deletes", f"BEFORE DELETE ON {name}", "begin('cdc.deleting', 'cdc.moving')"),
-            ("moves", f"BEFORE UPDATE OF {key} ON {name}", "begin('cdc.moving', 'cdc.deleting')"),
+            ("deletes", f"BEFORE DELETE ON {name}", f"begin('{table.root}', 'B')"),
+            ("moves", f"BEFORE UPDATE OF {key} ON {name}", f"begin('{table.root}', 'M')"),
         ]
     else:
-        triggers.append(("begin", f"BEFORE INSERT OR UPDATE OR DELETE ON {name}", "begin('cdc.began')"))
+        triggers.append(("begin", f"BEFORE INSERT OR UPDATE OR DELETE ON {name}", f"begin('{table.root}')"))
     if table.nesting:
         # Only the statement's first row queues an event, which is the first to fire once all rows are written.
         mark = "'cdc.writing' || pg_trigger_depth() + 1"
@@ -193,7 +205,7 @@ def create_triggers(schema: str, owner: str, wake: int, table: Table) -> str:
         statements += [
             f"DROP TRIGGER IF EXISTS {_first_trigger(schema)} ON {name}",
             f"CREATE TRIGGER {_first_trigger(schema)} AFTER INSERT OR UPDATE OR DELETE ON {name} FOR EACH ROW"
-            f" WHEN ({written}) EXECUTE FUNCTION {s}.begin('cdc.began')",
+            f" WHEN ({written}) EXECUTE FUNCTION {s}.begin('{table.root}')",
         ]
     return "; ".join(
         [
@@ -245,7 +257,7 @@ def _change_table(schema: str, slot: int) -> str:
     """Never vacuumed: it is emptied before it would need to be. A change of :data:`_CHUNK_BYTES` stands in its page."""
     name = _change(schema, slot)
     return (
-        f'CREATE TABLE {name} (xid int8, here pg_lsn, began pg_lsn, origin oid, depth int2, op "char", data bytea)'
+        f'CREATE TABLE {name} (xid int8, here pg_lsn, origin oid, depth int2, op "char", data bytea)'
         " WITH (autovacuum_enabled = off, toast_tuple_target = 8160); "
         f"ALTER TABLE {name} ALTER data SET STORAGE EXTERNAL; "
         f"CREATE INDEX {identifier(index_name(slot))} ON {name} USING brin (xid) WITH (pages_per_range = 16)"
@@ -273,26 +285,21 @@ def _function(
 def _plain(schema: str, wake: int) -> str:
     """The statement trigger of a table that is captured plainly. Its UPDATE of a row or two is what has to be fast."""
     where, old, new = _Into(schema, "0"), _records(None, "old"), _records(None, "new")
-    at_once = _Into(schema, "0", here="pg_current_wal_insert_lsn()", began="NULL")
+    at_once = _Into(schema, "0", here="pg_current_wal_insert_lsn()")
     return f"""
 DECLARE
     here pg_lsn;
-    began pg_lsn;
-    moving text;
 BEGIN
     IF TG_OP = 'UPDATE' AND current_setting('cdc.leaving', true) IS DISTINCT FROM 'on' THEN
         {at_once.rows("U", new)}
     ELSE
         here := pg_current_wal_insert_lsn();
-        moving := nullif(current_setting('cdc.moving' || pg_trigger_depth(), true), '');
-        began := coalesce(moving, nullif(current_setting('cdc.deleting' || pg_trigger_depth(), true), ''))::pg_lsn;
-        IF TG_OP = 'UPDATE' AND moving IS NULL THEN
+        IF TG_OP = 'UPDATE' AND current_setting('cdc.moving' || pg_trigger_depth(), true) IS DISTINCT FROM 'on' THEN
             {where.rows("U", new)}
         ELSE{_each_operation(where, old, new)}
         END IF;
-        IF TG_OP IN ('UPDATE', 'DELETE') THEN
-            PERFORM set_config(CASE TG_OP WHEN 'UPDATE' THEN 'cdc.moving' ELSE 'cdc.deleting' END
-                || pg_trigger_depth(), '', true);
+        IF TG_OP = 'UPDATE' THEN
+            PERFORM set_config('cdc.moving' || pg_trigger_depth(), '', true);
         END IF;
     END IF;{_wake(schema, wake)}
     RETURN NULL;
@@ -314,8 +321,6 @@ def _whole(schema: str, wake: int, table: Table | None = None, *, looping: bool 
 #variable_conflict use_column
 DECLARE
     here pg_lsn := pg_current_wal_insert_lsn();
-    began pg_lsn := CASE WHEN TG_OP <> 'TRUNCATE' THEN -- which is not marked as it begins
-        nullif(current_setting('cdc.began' || pg_trigger_depth(), true), '')::pg_lsn END;
 BEGIN{body}{_wake(schema, wake)}
     RETURN NULL;
 END"""
@@ -363,10 +368,13 @@ class _Into(NamedTuple):
     schema: str
     depth: str
     here: str = "here"
-    began: str = "began"
+    origin: str = "TG_RELID"
 
     def value(self, op: str, data: str) -> str:
         return f"{self._insert} VALUES ({self._head(literal(op))}, {data});"
+
+    def mark(self, op: str) -> str:
+        return f"{self._insert} VALUES ({self._head(op)}, NULL::bytea);"
 
     def rows(self, op: str, records: str) -> str:
         """Each row as a change."""
@@ -374,7 +382,7 @@ class _Into(NamedTuple):
 
     def pairs(self, old: str, new: str) -> str:
         """Each old row as gone and each new one as come."""
-        both = f"SELECT 'D'::\"char\" AS op, r FROM ({old}) o UNION ALL SELECT 'I', r FROM ({new}) c"
+        both = f"SELECT 'P'::\"char\" AS op, r FROM ({old}) o UNION ALL SELECT 'I', r FROM ({new}) c"
         return f"{self._insert} SELECT {self._head('op')}, r FROM ({both}) s;"
 
     def net(self, old: str, new: str) -> str:
@@ -401,26 +409,33 @@ class _Into(NamedTuple):
         return f"INSERT INTO {_change(self.schema, SLOTS[0])}"
 
     def _head(self, op: str) -> str:
-        return f"txid_current(), {self.here}, {self.began}, TG_RELID, {self.depth}, {op}"
+        return f"txid_current(), {self.here}, {self.origin}, {self.depth}, {op}"
 
 
-# Settings are looked at by nobody else, and end with the transaction or with what of it is rolled back. Those of one
-# statement (MERGE) are alike.
-_BEGIN: Final = """
+def _begin(schema: str) -> str:
+    """Leaves a mark. Its arguments: the table, and of one that is captured plainly what its statement does.
+
+    Settings end with the transaction, or with what of it is rolled back. Whoever tampers with those makes an UPDATE
+    that moves rows look like one that does not, which followers find out, or what triggers did look earlier or later.
+    """
+    mark = _Into(
+        schema,
+        "CASE TG_NARGS WHEN 1 THEN pg_trigger_depth() ELSE 0 END",
+        here="pg_current_wal_insert_lsn()",
+        origin="TG_ARGV[0]::oid",
+    )
+    return f"""
 BEGIN
-    IF TG_NARGS = 2 THEN
+    IF TG_NARGS = 1 AND TG_WHEN = 'BEFORE' THEN
+        PERFORM set_config('cdc.writing' || pg_trigger_depth(), '', true);
+    ELSIF TG_NARGS = 2 AND TG_ARGV[1] = 'M' THEN
         PERFORM set_config('cdc.leaving', 'on', true);
-        PERFORM set_config(TG_ARGV[0] || pg_trigger_depth(), coalesce(
-            nullif(current_setting(TG_ARGV[1] || pg_trigger_depth(), true), ''),
-            pg_current_wal_insert_lsn()::text), true);
-    ELSE
-        IF TG_WHEN = 'BEFORE' THEN
-            PERFORM set_config('cdc.writing' || pg_trigger_depth(), '', true);
-        END IF;
-        PERFORM set_config(TG_ARGV[0] || pg_trigger_depth(), pg_current_wal_insert_lsn()::text, true);
+        PERFORM set_config('cdc.moving' || pg_trigger_depth(), 'on', true);
     END IF;
+    {mark.mark("coalesce(TG_ARGV[1], 'B')")}
     RETURN NULL;
 END"""
+
 
 _HASHED: Final = "SELECT encode(sha256(salt || convert_to(value, 'UTF8')), 'hex') FROM {s}.secret"
 

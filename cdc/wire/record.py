@@ -7,6 +7,7 @@ that wrote it do not change how it looks. The change tables of the trigger log k
 
 import struct
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from cdc.errors import DecodeError
@@ -19,6 +20,10 @@ _BINARY: Final = b"b"
 
 Piece = bytes
 """A column of a pgoutput tuple: ``n``, or ``b`` and the value behind its length."""
+
+
+class MisfitError(DecodeError):
+    """A record is not of the types that were expected."""
 
 
 class Layout(NamedTuple):
@@ -43,11 +48,10 @@ def type_oids(data: bytes, at: int = 0) -> tuple[int, ...]:
 def rows(data: bytes, layout: Layout) -> Iterator[list[Piece]]:
     """Every record of ``data`` as pieces of a pgoutput tuple, in the order of ``layout.places``.
 
-    :raises DecodeError: a record is cut short, or of other types than ``layout`` says.
+    :raises DecodeError: a record is cut short.
+    :raises MisfitError: it is of other types than ``layout`` says.
     """
-    heads = [_COLUMNS.pack(len(layout.type_oids)), *(oid.to_bytes(4) for oid in layout.type_oids)]
-    count, oids = heads[0], heads[1:]
-    places = None if layout.whole else layout.places
+    count, oids, places = _looked_for(layout)
     size, at = len(data), 0
     from_bytes = int.from_bytes
     while at < size:
@@ -72,6 +76,13 @@ def rows(data: bytes, layout: Layout) -> Iterator[list[Piece]]:
         if at > size:
             raise DecodeError(f"a change of {size} bytes ends inside the record at byte {start}")
         yield row if places is None else [row[place] for place in places]
+
+
+@lru_cache(maxsize=1024)
+def _looked_for(layout: Layout) -> tuple[bytes, tuple[bytes, ...], tuple[int, ...] | None]:
+    """A record's number of columns and their types as bytes, and the places that are wanted, None for all."""
+    oids = tuple(oid.to_bytes(4) for oid in layout.type_oids)
+    return _COLUMNS.pack(len(oids)), oids, None if layout.whole else layout.places
 
 
 def message(opcode: bytes, relation_id: int, kind: bytes, pieces: Sequence[Piece]) -> bytes:
@@ -110,6 +121,6 @@ def _columns(data: bytes, at: int) -> Iterator[tuple[int, int, int]]:
         raise DecodeError(f"a change of {len(data)} bytes ends inside the record at byte {at}") from error
 
 
-def _misfit(data: bytes, at: int, layout: Layout) -> DecodeError:
+def _misfit(data: bytes, at: int, layout: Layout) -> MisfitError:
     found = type_oids(data, at)
-    return DecodeError(f"the record at byte {at} of a change has types {found}, {layout.type_oids} were expected")
+    return MisfitError(f"the record at byte {at} of a change has types {found}, {layout.type_oids} were expected")

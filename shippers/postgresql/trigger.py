@@ -10,6 +10,7 @@ one are. Inside a tick transactions stand in the order of their last change. A r
 was changed by the later one after the earlier had committed, so that this order is one in which all of it fits.
 """
 
+import struct
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -22,19 +23,20 @@ from psycopg.types.json import Jsonb
 from cdc.errors import ConfigurationError, DivergedError, GapError
 from cdc.ports import Snapshot
 from cdc.position import Position
-from cdc.record import Format, Heartbeat, Relation, Run, Transaction
-from cdc.sql.capture import SLOTS, change_table
+from cdc.record import Bundle, Format, Heartbeat, Relation, Run, Transaction, TransactionHead
+from cdc.sql.capture import ORDERED, PLACED, SLOTS, change_table
 from cdc.sql.quote import identifier, literal, qualified
 from cdc.stores.postgresql import capture
 from cdc.stores.postgresql.capture import ORDINAL_BITS, Captured
 from cdc.stores.postgresql.connect import Connection, connect, fetch, translated
 from cdc.wire import record
-from shippers.postgresql.assemble import RUN_BYTES
+from shippers.postgresql.assemble import BUNDLE_BYTES, RUN_BYTES
 from shippers.postgresql.image import PostgresSnapshot, copy_rows
 from shippers.postgresql.leader import IDLE_S, Leader
 
 _ORDINALS: Final = (1 << ORDINAL_BITS) - 1
 TICK_S: Final = 0.01  # between two ticks at least: what is committed meanwhile shares the next
+_SMALL_BYTES: Final = 64 << 10  # of a transaction's records that shares a bundle with others
 UNWOKEN_S: Final = 0.05
 _FORGET_S: Final = 1.0
 _SORT_MEMORY: Final = "64MB"
@@ -114,11 +116,11 @@ class TriggerShipper:
     def close(self) -> None:
         self._leader.close()
 
-    def stream(self, after: Position, *, wait_s: float) -> Iterator[Transaction | Heartbeat]:
+    def stream(self, after: Position, *, wait_s: float) -> Iterator[Transaction | Bundle | Heartbeat]:
         tick = self._begin(after)
         return self._read(tick, after.lsn & _ORDINALS, wait_s)
 
-    def _read(self, tick: Tick, done: int, wait_s: float) -> Iterator[Transaction | Heartbeat]:
+    def _read(self, tick: Tick, done: int, wait_s: float) -> Iterator[Transaction | Bundle | Heartbeat]:
         wait = wait_s
         while True:
             self._forget()
@@ -131,9 +133,9 @@ class TriggerShipper:
             self._wake()
             due = time.monotonic() + TICK_S
             empty = True
-            for transaction in islice(self._between(tick, following), done, None):
+            for told in self._between(tick, following, done):
                 empty = False
-                yield transaction
+                yield told
             tick, done, wait = following, 0, wait_s
             if empty:
                 yield Heartbeat(self._position(tick.number))
@@ -243,21 +245,74 @@ class TriggerShipper:
 
     # Transactions.
 
-    def _between(self, tick: Tick, following: Tick) -> Iterator[Transaction]:
-        """Every transaction of ``following``, each to be read before the next is asked for."""
+    def _between(self, tick: Tick, following: Tick, done: int) -> Iterator[Transaction | Bundle]:
+        """Every transaction of ``following`` but the first ``done``, each to be read before the next is asked for."""
         self._shapes.load(following.number)
         changes = _changes(self._catalog, self._schema, tick.snapshot, following.snapshot)
+        small = _Small(self._position(tick.number))
         seen = 0
         for number, first in enumerate(changes, 1):
             seen += first.of_transaction
-            last = seen == first.of_all
             if number > _ORDINALS:
-                raise ConfigurationError(f"more than {_ORDINALS} transactions since {tick.number}", remedy=_ANEW)
+                raise ConfigurationError(f"more than {_ORDINALS} transactions since tick {tick.number}", remedy=_ANEW)
+            last = seen == first.of_all
             position = self._position(following.number) if last else self._position(tick.number, number)
-            mine = islice(changes, first.of_transaction - 1)
-            reader = _Reader(self._shapes, first, mine)
-            yield Transaction(position, first.xid & 0xFFFFFFFF, following.made_us, reader.runs(), first.size_bytes)
+            reader = _Reader(self._shapes, first, islice(changes, first.of_transaction - 1))
+            if number > done:
+                made = Transaction(position, first.xid & 0xFFFFFFFF, following.made_us, reader.runs(), first.size_bytes)
+                yield from small.take(made)
             reader.skip_rest()
+        yield from small.flush()
+
+
+class _Small:
+    """Puts small transactions together as bundles."""
+
+    def __init__(self, position: Position) -> None:
+        self._position = position
+        self._clear()
+
+    def _clear(self) -> None:
+        self._heads: list[TransactionHead] = []
+        self._relations: dict[int, Relation] = {}
+        self._lengths: list[int] = []
+        self._bodies: list[bytes] = []
+        self._size = 0
+
+    def take(self, transaction: Transaction) -> Iterator[Transaction | Bundle]:
+        """Yields what has to be told now: the transaction itself where it is not small."""
+        if transaction.size_bytes > _SMALL_BYTES:
+            yield from self.flush()
+            yield transaction
+            return
+        runs = list(transaction.runs)
+        if self._size >= BUNDLE_BYTES or not self._agrees(runs):
+            yield from self.flush()
+        if not self._agrees(runs):
+            yield transaction._replace(runs=iter(runs))
+            return
+        for run in runs:
+            self._relations.update(run.relations)
+            self._lengths.extend(run.lengths)
+            self._bodies.append(run.body)
+            self._size += len(run.body)
+        messages = sum(len(run.lengths) for run in runs)
+        self._heads.append(
+            TransactionHead(transaction.position.lsn, transaction.xid, transaction.committed_us, messages)
+        )
+
+    def flush(self) -> Iterator[Bundle]:
+        if self._heads:
+            run = Run(self._relations, self._lengths, b"".join(self._bodies))
+            yield Bundle(self._position.at(self._heads[-1].lsn), self._heads, run)
+            self._clear()
+
+    def _agrees(self, runs: Sequence[Run]) -> bool:
+        """Does each relation have one description in all of them?"""
+        known = dict(self._relations)
+        return all(
+            known.setdefault(id_, relation) is relation for run in runs for id_, relation in run.relations.items()
+        )
 
 
 class _Change(NamedTuple):
@@ -272,7 +327,8 @@ class _Change(NamedTuple):
     data: bytes
 
 
-_FIELDS: Final = 7
+# The fields of a row of binary COPY data: each behind its length, the last one at the end.
+_ROW: Final = struct.Struct(">hiqiqiqiqiIici")
 
 
 def _changes(connection: Connection, schema: str, earlier: str, later: str) -> Iterator[_Change]:
@@ -282,11 +338,13 @@ def _changes(connection: Connection, schema: str, earlier: str, later: str) -> I
         f"SELECT * FROM {qualified(schema, change_table(slot))} WHERE {_beyond(earlier)} AND {seen}" for slot in SLOTS
     )
     query = f"""
-        SELECT xid, count(*) OVER of_xid, count(*) OVER (), sum(length(data)) OVER of_xid, origin, op, data
-        FROM (SELECT *, max(here) OVER (PARTITION BY xid) AS ended FROM ({some}) s) c
-        WINDOW of_xid AS (PARTITION BY xid)
-        ORDER BY ended, xid, coalesce(began, here), depth,
-                 CASE WHEN op = 'I' THEN 2 WHEN op = 'U' THEN 1 ELSE 0 END, here
+        WITH c AS (
+            SELECT s.*, coalesce(t.relation, s.origin::int8) AS relation FROM ({some}) s
+            LEFT JOIN (SELECT relation, unnest(origins) AS origin FROM {identifier(schema)}.captured) t
+                ON t.origin = s.origin::int8)
+        SELECT xid, count(*) OVER of_xid, count(*) OVER (),
+               coalesce(sum(length(data)) OVER of_xid, 0), origin, op, data
+        FROM ({PLACED}) placed WINDOW of_xid AS (PARTITION BY xid) ORDER BY {ORDERED}
     """
     for row in copy_rows(connection, query, "binary"):
         yield _change(row)
@@ -294,14 +352,8 @@ def _changes(connection: Connection, schema: str, earlier: str, later: str) -> I
 
 def _change(row: bytes) -> _Change:
     """A row of binary COPY data."""
-    values: list[bytes] = []
-    at = 2
-    for _ in range(_FIELDS):
-        length = int.from_bytes(row[at : at + 4], signed=True)
-        values.append(row[at + 4 : at + 4 + max(length, 0)])
-        at += 4 + max(length, 0)
-    xid, of_transaction, of_all, size_bytes, origin = map(int.from_bytes, values[:5])
-    return _Change(xid, of_transaction, of_all, size_bytes, origin, values[5], values[6])
+    _, _, xid, _, of_transaction, _, of_all, _, size_bytes, _, origin, _, op, _ = _ROW.unpack_from(row)
+    return _Change(xid, of_transaction, of_all, size_bytes, origin, op, row[_ROW.size :])
 
 
 def _beyond(snapshot: str) -> str:
@@ -330,7 +382,7 @@ class _Reader:
             if relations.setdefault(relation.id, relation) is not relation or size >= RUN_BYTES:
                 yield _run(relations, messages)
                 relations, messages, size = {relation.id: relation}, [], 0
-            for message in self._messages(change, captured):
+            for message in self._checked(change, captured):
                 if size >= RUN_BYTES:
                     yield _run(relations, messages)
                     relations, messages, size = {relation.id: relation}, [], 0
@@ -349,6 +401,15 @@ class _Reader:
             yield first
         yield from self._rest
 
+    def _checked(self, change: _Change, captured: Captured) -> Iterator[bytes]:
+        """
+        :raises GapError: the change is of a shape that the table never was known to have.
+        """
+        try:
+            yield from self._messages(change, captured)
+        except record.MisfitError as error:
+            raise GapError(f"a change of {captured.relation.label} cannot be read: {error}", remedy=_ANEW) from error
+
     def _messages(self, change: _Change, captured: Captured) -> Iterator[bytes]:
         relation = captured.relation
         if change.op == b"T":
@@ -360,7 +421,7 @@ class _Reader:
             return
         self._emptied.discard(relation.id)
         rows = record.rows(change.data, captured.layout)
-        if change.op == b"D":
+        if change.op in b"DP":
             for row in rows:
                 yield _gone(relation, row)
         else:
@@ -457,7 +518,6 @@ class _Shapes:
         self._known: dict[int, _Known] = {}
         self._relations: dict[Relation, Relation] = {}
         self._tick = 0
-        self._found: dict[tuple[int, tuple[int, ...]], Captured] = {}
 
     def load(self, tick: int) -> None:
         """Know every description up to ``tick``."""
@@ -465,7 +525,6 @@ class _Shapes:
             SELECT origin, tick, description FROM {identifier(self._schema)}.shape
             WHERE tick > %s AND tick <= %s ORDER BY tick
         """
-        self._found.clear()
         for row in fetch(self._catalog, query, [self._tick, tick]):
             known = self._known.get(row.origin)
             captured = Captured.from_json(row.description)
@@ -492,10 +551,10 @@ class _Shapes:
             )
         if change.op == b"T":
             return known.now
-        types = record.type_oids(change.data)
-        found = self._found.get((change.origin, types))
-        if found is None:
-            found = self._found[change.origin, types] = self._choose(known, types)
+        if known.before is None or known.tick < self._tick:
+            found = known.now
+        else:
+            found = self._choose(known, record.type_oids(change.data))
         if change.op == b"U" and found.relation.identity == "f":
             raise ConfigurationError(f"{label} has lost its key since it was set up", remedy=_SET_UP_ANEW)
         return found

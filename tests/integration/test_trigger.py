@@ -141,6 +141,7 @@ def test_killed_in_the_middle_of_a_tick(triggers: TriggerStream, followers: list
     end = triggers.bounds()[1]
     slow = (
         "from shippers.postgresql import trigger; import time; reader = trigger._Reader.skip_rest\n"
+        "trigger.BUNDLE_BYTES = 1\n"
         "def skip_rest(self):\n    time.sleep(0.02)\n    reader(self)\ntrigger._Reader.skip_rest = skip_rest"
     )
     stops = []

@@ -184,7 +184,6 @@ def test_records_tell_which_of_two_descriptions_they_are_of() -> None:
         (REPLACED, A, (INT4, TEXT)),
         (PASSED_BY, A, (INT4, TEXT)),
         (ADDED, A, (INT4, INT4)),
-        (A, None, (INT4,)),
     ],
 )
 def test_records_that_could_be_of_either_or_neither(now: Captured, before: Captured | None, oids: list[int]) -> None:

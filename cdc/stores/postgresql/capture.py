@@ -315,6 +315,7 @@ def _checked(connection: Connection, row: Any, schema: str, shape: Shape) -> _Wa
     origins = tuple(
         sql.Table(
             id_,
+            row.id,
             names[id_].schema,
             names[id_].name,
             tuple(row.key) if plain else (),
@@ -644,7 +645,9 @@ def capture_status(connection: Connection, schema: str) -> CaptureStatus:
     """:raises ConfigurationError: there is no such schema."""
     tables = len(fetch_captured(connection, schema))
     s = identifier(schema)
-    both = " UNION ALL ".join(f"SELECT xid FROM {s}.{sql.change_table(slot)}" for slot in sql.SLOTS)
+    both = " UNION ALL ".join(
+        f"SELECT xid FROM {s}.{sql.change_table(slot)} WHERE op NOT IN ('B', 'M')" for slot in sql.SLOTS
+    )
     sizes = " + ".join(f"pg_total_relation_size({literal(f'{s}.{sql.change_table(slot)}')})" for slot in sql.SLOTS)
     query = f"""
         WITH t AS (SELECT id, snapshot::text::txid_snapshot AS seen, made FROM {s}.tick ORDER BY id DESC LIMIT 1),

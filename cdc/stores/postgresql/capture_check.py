@@ -99,6 +99,9 @@ def _captured(connection: Connection, schema: str) -> Iterator[Finding]:
         message = f"not captured: {', '.join(f'{row.schema}.{row.name}' for row in left)}"
         yield Finding("warning", "triggers", message, ("-- run cdc setup --format trigger, then cdc ship --image new",))
     for row in noted:
+        if len(row.origins) > 1:
+            message = f"rows that MERGE moves between partitions of {row.schema}.{row.name} are not shown to triggers"
+            yield Finding("warning", "partitions", message, ("-- move them by UPDATE, or take the logical log",))
         if row.condition:
             yield Finding("warning", "filters", f"of {row.schema}.{row.name} only rows where {row.condition}")
         if row.columns is not None:
