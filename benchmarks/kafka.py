@@ -49,12 +49,12 @@ PARTS: Final = (
         1,
         500_000,
     ),
-    Part("40,000 updates of one row", "UPDATE t SET a = a + 1 WHERE id = %(n)s", 40_000, 40_000),
+    Part("100,000 updates of one row", "UPDATE t SET a = a + 1 WHERE id = %(n)s", 100_000, 100_000),
     Part(
-        "20,000 inserts of ten rows",
+        "40,000 inserts of ten rows",
         "INSERT INTO t SELECT 1000000 + 10 * %(n)s + g, g, 'row number ' || g FROM generate_series(0, 9) g",
-        20_000,
-        200_000,
+        40_000,
+        400_000,
     ),
 )
 
