@@ -39,7 +39,9 @@ TICK_S: Final = 0.01  # between two ticks at least: what is committed meanwhile 
 _SMALL_BYTES: Final = 64 << 10  # of a transaction's records that shares a bundle with others
 UNWOKEN_S: Final = 0.05
 _FORGET_S: Final = 1.0
-_SORT_MEMORY: Final = "64MB"
+# Nothing is known of the change tables' contents, which come and go: the index it is to be. What a tick sees is made
+# durable by its commit, whatever those who wrote it chose.
+_SETTINGS: Final = b"SET work_mem = '64MB'; SET enable_seqscan = off; SET synchronous_commit = 'on'"
 _ANEW: Final = "take a new image with `cdc ship --image new`, then load it with `cdc apply --reload`"
 _SET_UP_ANEW: Final = f"run `cdc setup --format trigger` again, then {_ANEW}"
 
@@ -84,8 +86,7 @@ class TriggerShipper:
         try:
             capture.fetch_captured(leader.catalog, schema)
             with translated():
-                # Nothing is known of the change tables' contents, which come and go: the index it is to be.
-                leader.catalog.execute(f"SET work_mem = '{_SORT_MEMORY}'; SET enable_seqscan = off".encode())
+                leader.catalog.execute(_SETTINGS)
             return cls(url, schema, leader)
         except BaseException:
             leader.close()
@@ -233,7 +234,8 @@ class TriggerShipper:
             self._asleep = bool(
                 fetch(self._catalog, "SELECT pg_try_advisory_lock(%s) AS got", [capture.wake_of(self._schema)])[0].got
             )
-            return  # what was written before the lock was ours woke nobody: look once more
+            if self._asleep:
+                return  # what was written before the lock was ours woke nobody: look once more
         with translated():
             for _ in self._catalog.notifies(timeout=wait_s, stop_after=1):
                 break
