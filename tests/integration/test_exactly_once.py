@@ -14,6 +14,12 @@ from tests.integration.test_stream import TABLES, Writer
 GROWN_MB_MAX = 150 - 30
 
 
+def _owned(follower: str, times: int) -> bool:
+    """Has the follower had so many appliers?"""
+    found = checkpoint(follower)
+    return found is not None and found.epoch >= times
+
+
 def _longer(stream: Stream, end: int) -> bool:
     return stream.bounds()[1] > end
 
@@ -94,11 +100,12 @@ def test_stopped_and_started_gently(stream: Stream, new_follower: FollowerFactor
     stream.setup()
     follower = new_follower("sqlite")
     with background(lambda stop: Writer(stream.leader, 5).write(100_000, stop)):
-        for _ in range(2):
+        for turn in range(2):
             shipper = stream.process("ship", until=None)
             applier = stream.process("apply", until=None, follower=follower)
             before = stream.bounds()[1]
             eventually(partial(_longer, stream, before + 2))
+            eventually(partial(_owned, follower, turn + 1))
             for process in (shipper, applier):
                 process.terminate()
                 ended(process)
